@@ -1,0 +1,86 @@
+"""Which windows fit, which validate, which test: by row, stratified by file, never one row's neighbours on both sides.
+
+The unit that is dealt out is a row, or a block of up to 14 consecutive windows of a long one, so that a test window's
+immediate neighbours are mostly test windows too. Units of each file are shuffled and dealt in a low-discrepancy order, so
+every file is represented in every part in the same proportion.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from llmrl.ats.data import Window
+from llmrl.errors import DataError
+
+FIT, VALIDATION, TEST = "fit", "validation", "test"
+_SHARES = ((0.50, FIT), (0.65, VALIDATION), (1.0, TEST))
+_GOLDEN = 0.6180339887498949
+MAX_BLOCK = 14
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of windows in each part."""
+
+    fit: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+def split_windows(windows: list[Window], seed: int) -> Split:
+    """Deal windows into 50% fit, 15% validation, 35% test.
+
+    Raises:
+        DataError: fewer than four units; there would be nothing to test on.
+    """
+    units = _units(windows)
+    if len(units) < 4:
+        raise DataError(
+            f"too little data: {len(windows)} window(s) in {len(units)} unit(s); fitting, validating and testing need at "
+            "least 4 rows, or one text of at least 4 windows"
+        )
+    rng = random.Random(seed)
+    by_source: dict[str, list[list[int]]] = {}
+    for unit in units:
+        by_source.setdefault(windows[unit[0]].source, []).append(unit)
+    parts: dict[str, list[int]] = {FIT: [], VALIDATION: [], TEST: []}
+    position = 0
+    for source in by_source.values():
+        rng.shuffle(source)
+        for unit in source:
+            place = (position * _GOLDEN) % 1.0
+            part = next(name for share, name in _SHARES if place < share)
+            parts[part].extend(unit)
+            position += 1
+    return Split(sorted(parts[FIT]), sorted(parts[VALIDATION]), sorted(parts[TEST]))
+
+
+def limit_windows(windows: list[Window], max_tokens: int, seed: int) -> list[Window]:
+    """Keep whole units, spread over all files, until `max_tokens` scored tokens are reached; order is kept."""
+    if sum(sum(w.scored) for w in windows) <= max_tokens:
+        return windows
+    units = _units(windows)
+    random.Random(seed).shuffle(units)
+    kept: list[int] = []
+    total = 0
+    for unit in units:
+        size = sum(sum(windows[i].scored) for i in unit)
+        if kept and total + size > max_tokens:
+            continue
+        kept.extend(unit)
+        total += size
+    return [windows[i] for i in sorted(kept)]
+
+
+def _units(windows: list[Window]) -> list[list[int]]:
+    # a short text must still give some twenty units
+    block = max(1, min(MAX_BLOCK, len(windows) // 24))
+    units: list[list[int]] = []
+    for index, window in enumerate(windows):
+        last = units[-1] if units else None
+        if last is not None and windows[last[0]].row == window.row and len(last) < block:
+            last.append(index)
+        else:
+            units.append([index])
+    return units

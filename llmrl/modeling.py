@@ -1,0 +1,273 @@
+"""Heads on transformers models: `AutoModelForCausalLM.from_pretrained(DIR)` opens a folder llmrl wrote.
+
+For a base class `XForCausalLM` a subclass `LlmrlXForCausalLM` is made on first use. It runs the base's forward, takes the
+hidden states on their way into the output embedding (so exactly those rows for which logits are computed, whatever
+`logits_to_keep` says), and lets the folder's heads change the logits. Generation, the KV cache, device maps and
+quantisation are the base's own. On disk the model type is "llmrl"; in memory it stays the base's, because transformers
+and vLLM choose code by it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from llmrl.errors import ModelError
+from llmrl.files import write_json
+from llmrl.heads import (
+    CONFIG_KEY,
+    HEADS_FILE,
+    MODEL_TYPE,
+    PREFIX,
+    HeadsConfig,
+    apply_logits_heads,
+    build_heads,
+    check_weights,
+    load_head_tensors,
+    save_head_tensors,
+)
+
+CLASS_PREFIX = "Llmrl"
+_INDEX = "model.safetensors.index.json"
+
+
+class LlmrlConfig(PreTrainedConfig):
+    """Stands for `model_type: "llmrl"` on disk; reading one returns the base's configuration with the heads in `llmrl`."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the base's configuration class, extended so that it saves itself as a llmrl folder again."""
+        if CONFIG_KEY not in config_dict:
+            raise ModelError(f"config.json says model_type '{MODEL_TYPE}' but has no '{CONFIG_KEY}' section")
+        heads = HeadsConfig.from_json(config_dict[CONFIG_KEY])
+        model_class = model_class_for(heads.base_architecture)
+        fields = {**config_dict, "model_type": heads.base_model_type}
+        return model_class.config_class.from_dict(fields, **kwargs)
+
+
+class _HeadsConfigMixin:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        result = super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        path = Path(save_directory) / "config.json"
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "model_type": MODEL_TYPE})
+        return result
+
+
+class HeadsModelMixin:
+    """Adds `llmrl_heads` to a transformers causal LM and applies them to its logits."""
+
+    llmrl_heads: nn.ModuleDict
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._attach_heads(build_heads(HeadsConfig.from_json(config.llmrl)))
+
+    def _attach_heads(self, heads: nn.ModuleDict) -> None:
+        self.llmrl_heads = heads
+        self._llmrl_hidden: Tensor | None = None
+        handle = getattr(self, "_llmrl_hook", None)
+        if handle is not None:
+            handle.remove()
+        self._llmrl_hook = self.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)  # type: ignore[attr-defined]
+
+    def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._llmrl_hidden = args[0]
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load the base's weights (from the folder itself when merged) and the heads beside them.
+
+        Raises:
+            HeadMismatchError: the base's weights are not the ones the heads were fitted on.
+        """
+        hub = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "token", "revision") if key in kwargs}
+        if config is None or not hasattr(config, CONFIG_KEY):
+            config = LlmrlConfig.from_dict(PreTrainedConfig.get_config_dict(name, **hub)[0])
+        spec = HeadsConfig.from_json(config.llmrl)
+        source, base_hub = str(name), hub
+        if not spec.merged:
+            source, base_hub = spec.base.model, {**hub, "revision": spec.base.revision}
+            kwargs["revision"] = spec.base.revision
+        folder = local_folder(name, **hub)
+        try:
+            model = super().from_pretrained(source, *args, config=config, **kwargs)  # type: ignore[misc]
+        except OSError as error:
+            if spec.merged:
+                raise
+            raise ModelError(
+                f"the base model of {name} cannot be read at {source}: {str(error).splitlines()[0]}\n"
+                f'put it there, or change llmrl.base.model in {folder / "config.json"}'
+            ) from error
+        check_weights(local_folder(source, **base_hub), spec.base, str(name))
+        heads = build_heads(spec)
+        load_head_tensors(heads, read_tensors(folder / HEADS_FILE))
+        loaded = model[0] if isinstance(model, tuple) else model
+        loaded._attach_heads(heads.to(loaded.get_output_embeddings().weight.device))
+        return model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+        """Write a whole checkpoint: the base's weights and the heads."""
+        state = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
+        state = {key: value for key, value in state.items() if not key.startswith(PREFIX)}
+        before, self.config.llmrl = self.config.llmrl, {**self.config.llmrl, "merged": True}
+        try:
+            super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
+        finally:
+            self.config.llmrl = before
+        save_head_tensors(save_directory, self.llmrl_heads)
+        add_heads_to_index(Path(save_directory))
+
+
+def _forward_with_heads(base_forward: Any) -> Any:
+    names = list(inspect.signature(base_forward).parameters)[1:]
+
+    @functools.wraps(base_forward)  # generate() and Trainer read the base's signature through this
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(names, args, strict=False))
+        labels = kwargs.pop("labels", None)
+        as_tuple = kwargs.pop("return_dict", None) is False
+        outputs = base_forward(self, return_dict=True, **kwargs)
+        hidden, self._llmrl_hidden = self._llmrl_hidden, None
+        outputs.logits = apply_logits_heads(self.llmrl_heads, outputs.logits, hidden)
+        if labels is not None:
+            extra = {key: kwargs[key] for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
+            outputs.loss = self.loss_function(
+                logits=outputs.logits, labels=labels, vocab_size=self.config.vocab_size, **extra
+            )
+        return outputs.to_tuple() if as_tuple else outputs
+
+    return forward
+
+
+@functools.cache
+def model_class_for(architecture: str) -> Any:
+    """Return the head-carrying subclass of the transformers class `architecture`, registered with the auto classes.
+
+    Raises:
+        ModelError: transformers has no such causal LM.
+    """
+    import transformers
+
+    base = getattr(transformers, architecture, None)
+    if base is None or not hasattr(base, "forward"):
+        raise ModelError(f"transformers {transformers.__version__} has no class {architecture}: install one that has it")
+    base_config = base.config_class
+    name = CLASS_PREFIX + base_config.__name__
+    config_class = type(name, (_HeadsConfigMixin, base_config), {"__module__": __name__, "__doc__": base_config.__doc__})
+    model_class = type(
+        CLASS_PREFIX + architecture,
+        (HeadsModelMixin, base),
+        {
+            "__module__": __name__,
+            "__doc__": f"{architecture} with llmrl heads.",
+            "config_class": config_class,
+            "forward": _forward_with_heads(base.forward),
+            "_keys_to_ignore_on_load_missing": [r"^llmrl_heads\."],
+            "_keys_to_ignore_on_load_unexpected": [r"^llmrl_heads\."],
+        },
+    )
+    transformers.AutoModelForCausalLM.register(config_class, model_class)
+    # by name in this module, so that pickle finds them: vLLM sends the configuration to its worker processes
+    globals()[name], globals()[model_class.__name__] = config_class, model_class
+    return model_class
+
+
+def __getattr__(name: str) -> Any:
+    """Make `LlmrlXForCausalLM` and `LlmrlXConfig` on first access (unpickling in a fresh process does this)."""
+    if name.startswith(CLASS_PREFIX):
+        base = name.removeprefix(CLASS_PREFIX)
+        if base.endswith("Config"):
+            import transformers
+            from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+            causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[getattr(transformers, base)]
+            return model_class_for(causal_lm.__name__).config_class
+        return model_class_for(base)
+    raise AttributeError(name)
+
+
+def register_auto_classes() -> None:
+    """Teach `AutoConfig` the model type "llmrl"; safe to call twice."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    AutoConfig.register(MODEL_TYPE, LlmrlConfig, exist_ok=True)
+
+
+def local_folder(name: Any, **hub: Any) -> Path:
+    """Return the folder a model was or would be loaded from: itself when local, else its snapshot in the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils.hub import cached_file
+
+    config = cached_file(str(name), "config.json", **hub)
+    folder = Path(config).parent
+    if (folder / "config.json").exists() and CONFIG_KEY in json.loads((folder / "config.json").read_text("utf-8")):
+        cached_file(str(name), HEADS_FILE, **hub)
+    return folder
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; a missing or broken one is a ModelError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ModelError(f"not found: {path}; the folder was not saved by llmrl or lost its head")
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ModelError(f"{path} is damaged ({error}): save it again") from error
+
+
+def save_heads_folder(
+    folder: Path,
+    heads: nn.ModuleDict,
+    config: HeadsConfig,
+    tokenizer: Any,
+    base_folder: Path,
+) -> None:
+    """Write a folder that transformers (after `import llmrl`) and vLLM open.
+
+    Args:
+        folder: an existing folder.
+        heads: fitted heads.
+        config: their description; with `merged` the base's weight files are copied in, byte for byte.
+        tokenizer: saved into the folder.
+        base_folder: where the base's files lie.
+    """
+    base_config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
+    architecture = CLASS_PREFIX + config.base_architecture
+    fields = {**base_config, "model_type": MODEL_TYPE, "architectures": [architecture], CONFIG_KEY: config.to_json()}
+    write_json(folder / "config.json", fields)
+    tokenizer.save_pretrained(folder)
+    if (base_folder / "generation_config.json").is_file():
+        shutil.copyfile(base_folder / "generation_config.json", folder / "generation_config.json")
+    if config.merged:
+        for file in sorted(base_folder.glob("*.safetensors")):
+            if file.name != HEADS_FILE:
+                shutil.copyfile(file, folder / file.name)
+        if (base_folder / _INDEX).is_file():
+            shutil.copyfile(base_folder / _INDEX, folder / _INDEX)
+    save_head_tensors(folder, heads)
+    if config.merged:
+        add_heads_to_index(folder)
+
+
+def add_heads_to_index(folder: Path) -> None:
+    """List the head's tensors in the index of a sharded checkpoint: vLLM reads only the files an index names."""
+    path = folder / _INDEX
+    if path.is_file():
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names = read_tensors(folder / HEADS_FILE)
+        index["weight_map"].update(dict.fromkeys(names, HEADS_FILE))
+        write_json(path, index)

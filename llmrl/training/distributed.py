@@ -1,0 +1,105 @@
+"""How many processes run, and a refusal when it is not the number that was asked for.
+
+`accelerate launch` with a CPU config starts ONE process whatever `num_processes` says, and says nothing. torchrun
+starts as many as asked, on a CPU with gloo. torch is not imported here at module level.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from llmrl.errors import DistributedError
+
+
+def world_size() -> int:
+    """Return the number of processes: of the process group if there is one, else what the launcher announced."""
+    group = _process_group()
+    return group.get_world_size() if group is not None else _environment_number("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """Return this process's number, 0 when it is alone."""
+    group = _process_group()
+    return group.get_rank() if group is not None else _environment_number("RANK", 0)
+
+
+def is_main_process() -> bool:
+    """Tell whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def check_processes(expected: int | None = None, *, announce: bool = True) -> int:
+    """Compare the number of processes with what was asked for; return it.
+
+    Args:
+        expected: the number asked for, or None to ask only what the environment shows: `accelerate launch` on a CPU
+            sets MASTER_ADDR for several processes and starts one without WORLD_SIZE.
+        announce: print one line from rank 0, `processes: 2 (gloo, rank 0 on cpu)`.
+
+    Raises:
+        DistributedError: the numbers differ; the message names the command that starts the right number.
+    """
+    actual = world_size()
+    script = os.path.basename(sys.argv[0]) or "script.py"
+    if expected is None and _launched_too_few():
+        raise DistributedError(
+            "expected several processes, got 1: accelerate launch starts a single process on a CPU.\n"
+            f"Start them with: torchrun --nproc_per_node 2 {script} ..."
+        )
+    if expected is not None and actual != expected:
+        reason = ": accelerate launch starts a single process on a CPU" if actual == 1 and _on_cpu() else ""
+        command = f"torchrun --nproc_per_node {expected} {script} ..." if expected > 1 else f"python {script} ..."
+        raise DistributedError(f"expected {_count(expected)}, got {actual}{reason}.\nStart them with: {command}")
+    if announce and is_main_process():
+        print(f"processes: {actual} ({_backend(actual)}rank 0 on {_device()})", flush=True)
+    return actual
+
+
+def _launched_too_few() -> bool:
+    """Recognise what accelerate's simple launcher leaves behind when it was asked for more than one CPU process."""
+    environment = os.environ
+    several = environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and "MASTER_ADDR" in environment
+    # torchrun sets the first; the others are the sizes that MPI launchers set
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return several and world_size() == 1 and not any(name in environment for name in sizes)
+
+
+def _process_group() -> Any:
+    torch = sys.modules.get("torch")  # no process group without it
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed
+
+
+def _environment_number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else default
+
+
+def _on_cpu() -> bool:
+    return _device() == "cpu"
+
+
+def _device() -> str:
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
+        return "cpu"
+    try:
+        import torch
+    except ImportError:
+        return "cpu"
+    if torch.cuda.is_available():
+        return f"cuda:{_environment_number('LOCAL_RANK', 0)}"
+    return "cpu"
+
+
+def _backend(actual: int) -> str:
+    group = _process_group()
+    if group is not None:
+        return f"{group.get_backend()}, "
+    return "group not started, " if actual > 1 else ""
+
+
+def _count(number: int) -> str:
+    return f"{number} process" if number == 1 else f"{number} processes"
