@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import types
 import typing
 from pathlib import Path
@@ -19,9 +18,22 @@ from llmrl.errors import ConfigError, UsageError, did_you_mean, nearest
 T = TypeVar("T")
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """Return a dataclass field with its documentation; a list or tuple default is copied."""
-    metadata = {"help": help, "choices": choices}
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    const: str | None = None,
+) -> Any:
+    """Return a dataclass field with its documentation.
+
+    Args:
+        default: without one the option is required; a list is copied.
+        help: one line for `--help`.
+        choices: the valid values.
+        const: the value of the bare option, which then may stand without one.
+    """
+    metadata = {"help": help, "choices": choices, "const": const}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -200,8 +212,3 @@ def _scalar(text: str, kind: type, where: str) -> Any:
         return kind(text)
     except ValueError:
         raise ConfigError(f"{where} must be {_NAMES[kind]}, got '{text}'") from None
-
-
-def program_arguments() -> list[str]:
-    """Return the arguments of this process, for recipes."""
-    return sys.argv[1:]

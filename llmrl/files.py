@@ -61,29 +61,43 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield a hidden staging folder beside `path`; it becomes `path` when the block ends without an error.
-
-    An existing `path` is replaced. On any error, Ctrl-C included, the staging folder is removed and `path` is untouched.
-    """
+def staging_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a hidden folder beside `path` for `publish_folder`; whatever is left of it when the block ends is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
     os.chmod(staging, 0o755)
     try:
         yield staging
-        publish_folder(staging, path)
-    except BaseException:
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
-def publish_folder(staging: Path, path: Path) -> None:
-    """Rename `staging` to `path`, moving an existing `path` out of the way first and deleting it last."""
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a staging folder that becomes `path` when the block ends without an error; else `path` is untouched."""
+    with staging_folder(path) as staging:
+        yield staging
+        publish_folder(staging, Path(path))
+
+
+def publish_folder(staging: Path, path: Path, *, keep_foreign: bool = False) -> None:
+    """Rename `staging` to `path`, moving an existing `path` out of the way first and deleting it last.
+
+    Args:
+        staging: a whole folder on the same file system.
+        path: its final name.
+        keep_foreign: carry files over that the old folder holds and no run of llmrl wrote (no config.resolved.yaml there).
+    """
     old = None
     if path.exists():
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
+        foreign = keep_foreign and not (path / "config.resolved.yaml").is_file()
         os.rename(path, old / path.name)
+        if foreign:
+            for entry in (old / path.name).iterdir():
+                if not (staging / entry.name).exists():
+                    os.rename(entry, staging / entry.name)
     os.rename(staging, path)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

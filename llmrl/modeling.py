@@ -70,9 +70,10 @@ class HeadsModelMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self._attach_heads(build_heads(HeadsConfig.from_json(config.llmrl)))
+        self.attach_heads(build_heads(HeadsConfig.from_json(config.llmrl)))
 
-    def _attach_heads(self, heads: nn.ModuleDict) -> None:
+    def attach_heads(self, heads: nn.ModuleDict) -> None:
+        """Replace the heads; an empty ModuleDict leaves the bare base."""
         self.llmrl_heads = heads
         self._llmrl_hidden: Tensor | None = None
         handle = getattr(self, "_llmrl_hook", None)
@@ -112,7 +113,7 @@ class HeadsModelMixin:
         heads = build_heads(spec)
         load_head_tensors(heads, read_tensors(folder / HEADS_FILE))
         loaded = model[0] if isinstance(model, tuple) else model
-        loaded._attach_heads(heads.to(loaded.get_output_embeddings().weight.device))
+        loaded.attach_heads(heads.to(loaded.get_output_embeddings().weight.device))
         return model
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
@@ -214,6 +215,24 @@ def local_folder(name: Any, **hub: Any) -> Path:
     if (folder / "config.json").exists() and CONFIG_KEY in json.loads((folder / "config.json").read_text("utf-8")):
         cached_file(str(name), HEADS_FILE, **hub)
     return folder
+
+
+def read_heads_config(folder: Path | str) -> HeadsConfig:
+    """Read the description of the heads in a local folder.
+
+    Raises:
+        ModelError: the folder has no config.json, or llmrl did not write it.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} is no model folder: it has no config.json")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged ({error})") from error
+    if CONFIG_KEY not in fields:
+        raise ModelError(f"{folder} carries no llmrl heads; make it with: llmrl calibrate MODEL --output_dir {folder}")
+    return HeadsConfig.from_json(fields[CONFIG_KEY])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -68,6 +68,10 @@ class _Record:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def _need_int(self, name: str, least: int = 0) -> None:
+        value = getattr(self, name)
+        self._need(_is_int(value) and value >= least, name, f"an integer >= {least}")
+
     def _need(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
             raise self._error(f"{type(self).__name__}.{name}: expected {expected}, got {getattr(self, name)!r:.80}")
@@ -109,7 +113,7 @@ class PolicyVersion(_Record):
     fingerprint: str
 
     def __post_init__(self) -> None:
-        self._need(_is_int(self.number) and self.number >= 0, "number", "an integer >= 0")
+        self._need_int("number")
         self._need(isinstance(self.fingerprint, str) and bool(self.fingerprint), "fingerprint", "non-empty text")
 
 
@@ -139,12 +143,12 @@ class SamplingConfig(_Record):
             self._need(_is_finite(getattr(self, name)), name, "a finite number")
             self._set(**{name: float(getattr(self, name))})
         for name, least in (("top_k", 0), ("max_tokens", 1), ("n", 1), ("logprobs", 0)):
-            value = getattr(self, name)
-            self._need(_is_int(value) and value >= least, name, f"an integer >= {least}")
+            self._need_int(name, least)
         self._need(self.temperature >= 0, "temperature", "a number >= 0 (0 is greedy)")
         self._need(0 < self.top_p <= 1, "top_p", "a number in (0, 1] (1 is off)")
         self._need(0 <= self.min_p <= 1, "min_p", "a number in [0, 1] (0 is off)")
-        self._need(self.seed is None or (_is_int(self.seed) and self.seed >= 0), "seed", "an integer >= 0 or null")
+        if self.seed is not None:
+            self._need_int("seed")
         self._need(_is_list(self.stop) and all(isinstance(s, str) and s for s in self.stop), "stop", "a list of texts")
         ids = self.stop_token_ids
         self._need(_is_list(ids) and all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", "a list of ids >= 0")
@@ -197,12 +201,11 @@ class Turn(_Record):
         _check_tokens(self)
         self._set(message=_as(Message, self.message), rewards=_json_object(self.rewards, "Turn.rewards"))
         self._need(all(_is_finite(r) for r in self.rewards.values()), "rewards", "an object of named numbers")
-        self._need(_is_int(self.segment) and self.segment >= 0, "segment", "an integer >= 0")
+        self._need_int("segment")
         if self.policy_version is not None:
             self._set(policy_version=_as(PolicyVersion, self.policy_version))
         if self.finish_reason is not None:
-            valid = [str(r) for r in FinishReason]
-            self._need(self.finish_reason in valid, "finish_reason", f"one of {', '.join(valid)}")
+            self._need(self.finish_reason in list(FinishReason), "finish_reason", f"one of {', '.join(FinishReason)}")
             self._set(finish_reason=FinishReason(self.finish_reason))
         with_logprob = [p is not None for p in self.logprobs]
         if self.is_sampled:
@@ -235,7 +238,7 @@ class TokenizedRollout(_Record):
     def __post_init__(self) -> None:
         _check_tokens(self)
         self._need(len(self.token_ids) > 0, "token_ids", "at least one token")
-        self._need(_is_int(self.segment) and self.segment >= 0, "segment", "an integer >= 0")
+        self._need_int("segment")
         turns = tuple(self.turn_index)
         self._need(all(_is_int(t) and t >= 0 for t in turns), "turn_index", "integers >= 0")
         self._need(list(turns) == sorted(turns), "turn_index", "turns in order")
@@ -265,7 +268,7 @@ class Episode(_Record):
 
     def __post_init__(self) -> None:
         self._need(isinstance(self.row_id, str) and bool(self.row_id), "row_id", "non-empty text")
-        self._need(_is_int(self.sample) and self.sample >= 0, "sample", "an integer >= 0")
+        self._need_int("sample")
         self._need(_is_list(self.turns), "turns", "a list of turns")
         self._set(turns=tuple(_as(Turn, t) for t in self.turns), metadata=_json_object(self.metadata, "metadata"))
         if self.sampling is not None:
@@ -274,7 +277,8 @@ class Episode(_Record):
             self._need(isinstance(getattr(self, name), bool), name, "true or false")
         self._need(self.error is None or (isinstance(self.error, str) and bool(self.error)), "error", "text or null")
         self._need(isinstance(self.source, str), "source", "text")
-        self._need(self.seed is None or _is_int(self.seed), "seed", "an integer or null")
+        if self.seed is not None:
+            self._need_int("seed")
         where = f"Episode {self.row_id}/{self.sample}"
         if self.done + self.truncated + (self.error is not None) != 1:
             got = f"done={self.done}, truncated={self.truncated}, error={self.error!r:.60}"
@@ -313,9 +317,9 @@ class Episode(_Record):
             inside = [(i, turn) for i, turn in enumerate(self.turns) if turn.segment == segment]
             rollouts.append(
                 TokenizedRollout(
-                    token_ids=tuple(t for _, turn in inside for t in turn.token_ids),
-                    loss_mask=tuple(m for _, turn in inside for m in turn.loss_mask),
-                    logprobs=tuple(p for _, turn in inside for p in turn.logprobs),
+                    token_ids=tuple(token for _, turn in inside for token in turn.token_ids),
+                    loss_mask=tuple(mask for _, turn in inside for mask in turn.loss_mask),
+                    logprobs=tuple(logprob for _, turn in inside for logprob in turn.logprobs),
                     turn_index=tuple(i for i, turn in inside for _ in turn.token_ids),
                     segment=segment,
                 )
@@ -405,13 +409,13 @@ def _check_tokens(record: Turn | TokenizedRollout) -> None:
     except TypeError:
         ids = (-1,)
     record._need(all(t >= 0 for t in ids), "token_ids", "a list of integers >= 0")
-    if isinstance(record, Turn):
-        record._set(loss_mask=record.loss_mask or (0,) * len(ids), logprobs=record.logprobs or (None,) * len(ids))
     what = type(record).__name__
-    for name in ("loss_mask", "logprobs"):
+    for name, nothing in (("loss_mask", 0), ("logprobs", None)):
         values = getattr(record, name)
         record._need(_is_list(values), name, "a list")
-        if len(values) != len(ids):
+        if isinstance(record, Turn) and not values:
+            record._set(**{name: (nothing,) * len(ids)})
+        elif len(values) != len(ids):
             raise DataError(f"{what}.{name}: expected {len(ids)} values, one a token, got {len(values)}")
     record._need(all(m in (0, 1) for m in record.loss_mask), "loss_mask", "zeros and ones")
     for t, (mask, logprob) in enumerate(zip(record.loss_mask, record.logprobs, strict=True)):

@@ -57,7 +57,7 @@ def test_doctor_passes_here(capsys):
     assert code == 0
     for name, window in vllm_compat.REQUIRED.items():
         assert line(out, name).split() == [name, metadata.version(name), window, "ok"]
-    assert line(out, "transformers  yes")
+    assert "transformers  yes" in out.splitlines()
 
 
 def test_doctor_names_the_command_for_a_wrong_version(capsys, monkeypatch):
@@ -146,7 +146,7 @@ def test_doctor_reads_gpus_from_nvidia_smi(capsys, monkeypatch, tmp_path, torch,
     assert line(out, "triton").split(maxsplit=1)[1].startswith(triton)
 
 
-@pytest.mark.parametrize("body", ["echo 'NVIDIA-SMI has failed' >&2; exit 9", "echo nonsense", "exit 0"])
+@pytest.mark.parametrize("body", ["echo 'NVIDIA-SMI failed, 9'; exit 9", "echo nonsense", "exit 0"])
 def test_doctor_takes_a_dead_driver_for_no_gpu(capsys, monkeypatch, tmp_path, body):
     smi(tmp_path, monkeypatch, body)
     assert line(printed(capsys)[1], "gpu").split() == ["gpu", "none"]

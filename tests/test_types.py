@@ -108,6 +108,8 @@ def test_from_json_refuses_other_keys(cls, value, error, words):
         (lambda: Turn(Message("user", "x"), (-1,)), "Turn.token_ids"),
         (lambda: Turn(Message("user", "x"), (1,), segment=-1), "Turn.segment"),
         (lambda: sampled(mask=(1,)), "Turn.loss_mask: expected 2 values, one a token, got 1"),
+        (lambda: sampled(mask="11"), "Turn.loss_mask: expected a list, got '11'"),
+        (lambda: sampled(logprobs=None), "Turn.logprobs: expected a list, got None"),
         (lambda: sampled(mask=(1, 2)), "Turn.loss_mask: expected zeros and ones, got (1, 2)"),
         (lambda: sampled(logprobs=(-1.0,)), "Turn.logprobs: expected 2 values, one a token, got 1"),
         (lambda: sampled(logprobs=(-1.0, NAN)), "Turn.logprobs[1]: expected a finite number <= 0, got nan"),
@@ -204,6 +206,13 @@ def test_turn_defaults_to_nothing_sampled():
     assert (turn.token_ids, turn.loss_mask, turn.logprobs) == ((4, 5), (0, 0), (None, None))
     assert not turn.is_sampled
     assert sampled().is_sampled
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "abort"])
+def test_turn_finish_reason_is_an_enum(reason):
+    turn = Turn.from_json(sampled(finish_reason=reason).to_json())
+    assert turn.finish_reason is FinishReason(reason)
+    assert turn.to_json()["finish_reason"] == reason
 
 
 def test_turn_of_a_log_may_be_trained_on_without_logprobs():

@@ -21,9 +21,10 @@ from torch import Tensor
 from llmrl.ats.data import Window
 from llmrl.errors import ModelError, OutputError
 from llmrl.files import write_json
+from llmrl.training.distributed import barrier, rank, world_size
 from llmrl_kernels import curve_knots, lse_curve
 
-CHUNK_BYTES = 16 << 20  # of float32 logits at a time: larger than a core's cache gains nothing
+CHUNK_BYTES = 4 << 20  # of float32 logits at a time: more than a core's cache holds gains nothing on a CPU
 WINDOWS_PER_SHARD = 64
 
 
@@ -60,7 +61,8 @@ class OutputLayer:
 
     def chunk(self) -> int:
         """Return how many tokens' logits fit into one chunk."""
-        return max(1, CHUNK_BYTES // (4 * self.weight.shape[0]))
+        size = CHUNK_BYTES if self.weight.device.type == "cpu" else 64 * CHUNK_BYTES
+        return max(1, size // (4 * self.weight.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def extract_features(
 ) -> TokenFeatures:
     """Run the base over all windows, a shard at a time; shards already in `cache_dir` are read instead.
 
+    With several processes each computes its share of the shards; all wait for each other and read all of them.
+
     Raises:
         ModelError: a logit is NaN; the row is named.
         OutputError: `cache_dir` holds shards of another model, data set or setting.
@@ -134,14 +138,15 @@ def extract_features(
     _check_manifest(cache_dir, _manifest(windows, fingerprint))
     layer = OutputLayer.of(model)
     check_output_layer(model, layer, windows[0].token_ids)
-    shards = []
-    for start in range(0, len(windows), WINDOWS_PER_SHARD):
-        path = cache_dir / f"features-{start // WINDOWS_PER_SHARD:05d}.safetensors"
+    starts = range(0, len(windows), WINDOWS_PER_SHARD)
+    paths = [cache_dir / f"features-{number:05d}.safetensors" for number in range(len(starts))]
+    for number, (path, start) in enumerate(zip(paths, starts, strict=True)):
         part = windows[start : start + WINDOWS_PER_SHARD]
-        if not path.exists():
+        if number % world_size() == rank() and not path.exists():
             _write_shard(path, _features_of(model, layer, part, start, batch_size))
-        shards.append(_read_shard(path))
         progress(start + len(part), len(windows))
+    barrier()
+    shards = [_read_shard(path) for path in paths]
     return TokenFeatures(**{f.name: torch.cat([getattr(s, f.name) for s in shards]) for f in fields(TokenFeatures)})
 
 

@@ -57,6 +57,21 @@ def check_processes(expected: int | None = None, *, announce: bool = True) -> in
     return actual
 
 
+def join_processes() -> None:
+    """Start the process group when a launcher started several processes (gloo on a CPU, nccl on GPUs)."""
+    if world_size() > 1 and _process_group() is None:
+        import torch
+
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def barrier() -> None:
+    """Wait for all processes; nothing to wait for when there is one."""
+    group = _process_group()
+    if group is not None:
+        group.barrier()
+
+
 def _launched_too_few() -> bool:
     """Recognise what accelerate's simple launcher leaves behind when it was asked for more than one CPU process."""
     environment = os.environ

@@ -81,7 +81,7 @@ def _line(entry: dict[str, Any], timings: bool) -> str:
     entry = to_json(entry)
     numbers = {
         key: value
-        for key, value in entry.items()
+        for key, value in sorted(entry.items())  # the checkpoint's log has lost the order
         if key not in ("step", "epoch")
         and (value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
         and key.endswith(_TIMING_SUFFIXES) is timings

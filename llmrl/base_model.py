@@ -1,0 +1,141 @@
+"""Opening a base model safely: safetensors only, from a folder or the hub, with the fingerprints a head needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmrl.errors import LlmrlError, ModelError, UsageError, did_you_mean
+from llmrl.files import resolve_reference
+from llmrl.heads import BaseReference, fingerprint_template, fingerprint_tokenizer, fingerprint_weights
+from llmrl.modeling import local_folder
+
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+_NO_LIMIT = 1 << 20  # tokenizers without a length say 1e30
+DEFAULT_MAX_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen causal LM in evaluation mode, its tokenizer, its files and its identity."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    reference: BaseReference
+
+    @property
+    def architecture(self) -> str:
+        """Name of the transformers class."""
+        return type(self.model).__name__
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    without_heads: bool = False,
+) -> BaseModel:
+    """Load a base model for reading.
+
+    Args:
+        name: a folder, or a hub name.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: a torch device; None takes the GPU when there is one.
+        revision: of a hub name.
+        without_heads: open a merged folder that llmrl wrote and take its heads off, instead of refusing it.
+
+    Raises:
+        UsageError: a path that is not there, or an unknown dtype.
+        ModelError: no weights, pickled weights, an unreadable checkpoint, or a folder llmrl wrote.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype}: not a choice{did_you_mean(dtype, _DTYPES)}")
+    path, local = resolve_reference(name, "model")
+    if local:
+        check_model_folder(Path(path))
+        path = str(Path(path).resolve())
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=_DTYPES[dtype], revision=revision, use_safetensors=True
+        )
+    except (LlmrlError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
+    if hasattr(model, "llmrl_heads"):
+        if not without_heads:
+            raise ModelError(f"{name} already carries llmrl heads; name its base model")
+        model.attach_heads(torch.nn.ModuleDict())
+    model = model.to(device or default_device()).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(path, revision=revision)
+    folder = local_folder(path, revision=revision)
+    # a snapshot folder is named after its commit: the head stays tied to it when the branch moves on
+    commit = None if local else folder.name
+    return BaseModel(model, tokenizer, folder, reference_for(path, folder, tokenizer, commit))
+
+
+def reference_for(name: str, folder: Path, tokenizer: Any, revision: str | None = None) -> BaseReference:
+    """Return the identity of a base model from its files."""
+    return BaseReference(
+        model=name,
+        weights=fingerprint_weights(folder),
+        tokenizer=fingerprint_tokenizer(tokenizer),
+        template=fingerprint_template(tokenizer),
+        revision=revision,
+    )
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
+    """Load a tokenizer; a missing or broken one is a ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name), revision=revision)
+    except Exception as error:
+        raise ModelError(f"cannot load the tokenizer of {name}: {_first_line(error)}") from error
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that is no checkpoint, has no weights, or only pickled ones.
+
+    Raises:
+        ModelError: with what is missing and what to do.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is a file; name the folder of a checkpoint")
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} is no model folder: it has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; refused\n"
+                "convert it to safetensors where you trust it: model.save_pretrained(DIR)"
+            )
+        raise ModelError(f"{folder} has no weights: expected *.safetensors")
+
+
+def default_device() -> str:
+    """Return "cuda:N" for this process's GPU when there is one, else "cpu"."""
+    import os
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def context_length(model: Any, tokenizer: Any) -> int:
+    """Return the longest window the model reads, at most DEFAULT_MAX_LENGTH tokens."""
+    limits = [getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    return min([limit for limit in limits if limit and limit < _NO_LIMIT] + [DEFAULT_MAX_LENGTH])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

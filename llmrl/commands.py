@@ -1,0 +1,51 @@
+"""Commands that a recipe runs too: options in, work done, exit code out. One code path for `llmrl X` and recipes/X.py."""
+
+from __future__ import annotations
+
+import sys
+
+from llmrl.config import parse_config
+from llmrl.errors import EXIT_DONE
+
+
+def run_calibrate(argv: list[str], prog: str = "llmrl calibrate") -> int:
+    """Parse options, then calibrate or verify; return the exit code.
+
+    Args:
+        argv: arguments without the program's name.
+        prog: shown in usage messages.
+    """
+    # the options alone answer --help and usage errors, without torch
+    from llmrl.ats.options import CalibrateConfig
+
+    config = parse_config(
+        CalibrateConfig,
+        argv,
+        prog=prog,
+        description="Calibrate a causal LM's next-token probabilities; the base stays frozen and greedy text unchanged.",
+        positional="model",
+    )
+    _quiet_libraries(config.quiet)
+    if config.verify is not None:
+        from llmrl.ats.verify import verify
+
+        verify(config)
+        return EXIT_DONE
+    from llmrl.ats.calibrate import calibrate
+
+    report = calibrate(config)
+    if report and config.check_serving:
+        from llmrl.serving.check import check_serving
+
+        result = check_serving(str(config.output_dir))
+        if not config.quiet:
+            print(result.sentence(), flush=True)
+    return EXIT_DONE
+
+
+def _quiet_libraries(quiet: bool) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if quiet or not sys.stderr.isatty():
+        logging.disable_progress_bar()
