@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ MIN_LOG_SCALE = -3.0
 MAX_LOG_SCALE = math.log(10.0)
 
 _ARCHITECTURES = {"temperature": ("scalar", "linear"), "reward": ("linear",)}
-LOGITS_KINDS = ("temperature",)
 POOLING_KINDS = ("reward",)
 
 
@@ -93,7 +92,6 @@ class HeadsConfig:
     merged: bool = False
     method: str | None = None
     format: int = FORMAT_VERSION
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -196,7 +194,9 @@ def save_head_tensors(folder: Path | str, heads: nn.ModuleDict) -> None:
     """Write `llmrl_heads.safetensors` into `folder`."""
     from safetensors.torch import save_file
 
-    save_file(head_tensors(heads), str(Path(folder) / HEADS_FILE), metadata={"format": "pt"})
+    path = Path(folder) / HEADS_FILE
+    save_file(head_tensors(heads), str(path), metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it readable by its owner only
 
 
 def load_head_tensors(heads: nn.ModuleDict, tensors: Mapping[str, Tensor]) -> None:

@@ -25,11 +25,13 @@ from llmrl.heads import (
     CONFIG_KEY,
     HEADS_FILE,
     MODEL_TYPE,
+    POOLING_KINDS,
     PREFIX,
     HeadsConfig,
     apply_logits_heads,
     build_heads,
     check_weights,
+    fingerprint_weights,
     load_head_tensors,
     save_head_tensors,
 )
@@ -120,11 +122,13 @@ class HeadsModelMixin:
         """Write a whole checkpoint: the base's weights and the heads."""
         state = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
         state = {key: value for key, value in state.items() if not key.startswith(PREFIX)}
-        before, self.config.llmrl = self.config.llmrl, {**self.config.llmrl, "merged": True}
-        try:
-            super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
-        finally:
-            self.config.llmrl = before
+        super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
+        path = Path(save_directory) / "config.json"
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields[CONFIG_KEY]["merged"] = True
+        # in another dtype or shape of files than the base was read in, these weights are the base from now on
+        fields[CONFIG_KEY]["base"]["weights"] = fingerprint_weights(save_directory)
+        write_json(path, fields)
         save_head_tensors(save_directory, self.llmrl_heads)
         add_heads_to_index(Path(save_directory))
 
@@ -265,8 +269,7 @@ def save_heads_folder(
         base_folder: where the base's files lie.
     """
     base_config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
-    architecture = CLASS_PREFIX + config.base_architecture
-    fields = {**base_config, "model_type": MODEL_TYPE, "architectures": [architecture], CONFIG_KEY: config.to_json()}
+    fields = {**base_config, "model_type": MODEL_TYPE, **_served_as(config), CONFIG_KEY: config.to_json()}
     write_json(folder / "config.json", fields)
     tokenizer.save_pretrained(folder)
     if (base_folder / "generation_config.json").is_file():
@@ -280,6 +283,21 @@ def save_heads_folder(
     save_head_tensors(folder, heads)
     if config.merged:
         add_heads_to_index(folder)
+
+
+def _served_as(config: HeadsConfig) -> dict[str, Any]:
+    """Return the fields by which vLLM chooses the class: one that generates, or one that gives a reward head's K scores."""
+    rewards = [spec for spec in config.heads.values() if spec.kind in POOLING_KINDS]
+    if not rewards:
+        return {"architectures": [CLASS_PREFIX + config.base_architecture]}
+    stem = config.base_architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    labels = {str(i): f"score_{i}" for i in range(rewards[0].outputs)}
+    return {
+        "architectures": [f"{CLASS_PREFIX}{stem}ForSequenceClassification"],
+        "id2label": labels,
+        "label2id": {label: int(i) for i, label in labels.items()},
+        "problem_type": "regression",  # raw numbers, no softmax
+    }
 
 
 def add_heads_to_index(folder: Path) -> None:

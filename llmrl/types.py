@@ -183,7 +183,7 @@ class Turn(_Record):
 
     A sampled turn has a policy version, a finish reason, and a logprob exactly where `loss_mask` is 1; its zeros are
     tokens that were forced on the model. Any other turn has none of the three: a prompt, an observation or a tool's
-    answer (all zeros, the default), or an agent's turn from a log (ones, with no logprobs to form a ratio with). The
+    answer (all zeros, the default), or a logged turn to learn from (ones, with no logprobs to form a ratio with). The
     generation prompt of a template belongs to the turn before the sampled one. `token_ids` is empty where only text
     is known.
     """

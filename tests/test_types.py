@@ -96,7 +96,7 @@ def test_from_json_refuses_other_keys(cls, value, error, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Message("agent", "x"), "Message.role: expected one of system, user, assistant, tool, got 'agent'"),
+        (lambda: Message("robot", "x"), "Message.role: expected one of system, user, assistant, tool, got 'robot'"),
         (lambda: Message("user", None), "Message.content: expected text, got None"),
         (lambda: Message("user", "x", tool_calls="f"), "Message.tool_calls"),
         (lambda: PolicyVersion(-1, "a"), "PolicyVersion.number: expected an integer >= 0, got -1"),
@@ -216,7 +216,7 @@ def test_turn_finish_reason_is_an_enum(reason):
 
 
 def test_turn_of_a_log_may_be_trained_on_without_logprobs():
-    turn = Turn(Message("user", "the agent of this log"), (4, 5), (1, 1))
+    turn = Turn(Message("user", "the speaker to learn from"), (4, 5), (1, 1))
     assert turn.logprobs == (None, None)
     assert episode(turn).rollouts()[0].loss_mask == (1, 1)
 

@@ -3,6 +3,7 @@ import re
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -224,10 +225,11 @@ def lora_batch(rows):
 
 def wrapper(punica_cpu, rows, *, prefill):
     """vLLM's own caller of the ops, told of one batch in vLLM's own words: adapter ids from 1, 0 for a base request."""
-    mapping = importlib.import_module("vllm.lora.layers").LoRAMapping
     ids = tuple(row + 1 for row in rows)
+    # the fields of vllm.lora.layers.LoRAMapping, whose package takes seconds to import
+    mapping = SimpleNamespace(index_mapping=ids, prompt_mapping=ids, is_prefill=prefill)
     punica = punica_cpu.PunicaWrapperCPU(max_num_batched_tokens=8, max_batches=8, device="cpu")
-    punica.update_metadata(mapping(ids, ids, is_prefill=prefill), [1, 2], max_loras=2, vocab_size=16)
+    punica.update_metadata(mapping, [1, 2], max_loras=2, vocab_size=16)
     return punica
 
 

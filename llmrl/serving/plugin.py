@@ -1,0 +1,43 @@
+"""The entry point vLLM calls in every one of its processes (group `vllm.general_plugins`).
+
+For each causal LM that vLLM knows, `XForCausalLM`, two more are registered by name: `LlmrlXForCausalLM` (heads on logits) and
+`LlmrlXForSequenceClassification` (heads on pooled states). Nothing is imported until one of them is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+MODULE = "llmrl.serving.models"
+PREFIX = "Llmrl"
+CAUSAL, POOLING = "ForCausalLM", "ForSequenceClassification"
+MARKER_VARIABLE = "LLMRL_PLUGIN_MARKER"  # a file that `llmrl serve` looks for, to tell whether this function ran
+
+
+def register() -> None:
+    """Register llmrl's model classes with vLLM; safe to call several times."""
+    from vllm import ModelRegistry
+
+    import llmrl  # noqa: F401 - teaches AutoConfig the model type "llmrl"
+
+    known = set(ModelRegistry.get_supported_archs())
+    for base in known:
+        if base.startswith(PREFIX) or not is_causal_lm(base):
+            continue
+        for name in (PREFIX + base, PREFIX + pooling_name(base)):
+            if name not in known:
+                ModelRegistry.register_model(name, f"{MODULE}:{name}")
+    marker = os.environ.get(MARKER_VARIABLE)
+    if marker:
+        Path(marker).touch()
+
+
+def is_causal_lm(architecture: str) -> bool:
+    """Tell whether a vLLM architecture name is a causal language model."""
+    return architecture.endswith((CAUSAL, "LMHeadModel"))
+
+
+def pooling_name(base: str) -> str:
+    """Return the name of the pooling class of a causal LM; vLLM knows by its ending that it does not generate."""
+    return base.removesuffix(CAUSAL).removesuffix("LMHeadModel") + POOLING
