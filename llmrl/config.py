@@ -132,7 +132,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(
-    config_class: type, fields: dict[str, tuple[dataclasses.Field[Any], Any]], prog: str, description: str, first: str | None
+    config_class: type,
+    fields: dict[str, tuple[dataclasses.Field[Any], Any]],
+    prog: str,
+    description: str,
+    first: str | None,
 ) -> argparse.ArgumentParser:
     # allow_abbrev would turn a misspelt option into another one
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)

@@ -210,7 +210,9 @@ def load_head_tensors(heads: nn.ModuleDict, tensors: Mapping[str, Tensor]) -> No
     for name in sorted(own.keys() | given.keys()):
         if name not in given or name not in own:
             state = "missing from" if name not in given else "not expected in"
-            raise ModelError(f"head tensor {PREFIX}{name} is {state} {HEADS_FILE}: the folder is damaged, save it again")
+            raise ModelError(
+                f"head tensor {PREFIX}{name} is {state} {HEADS_FILE}: the folder is damaged, save it again"
+            )
         if own[name].shape != given[name].shape:
             raise ModelError(
                 f"head tensor {PREFIX}{name} has shape {list(given[name].shape)}, config.json says "

@@ -71,7 +71,7 @@ class HeadsModelMixin:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.attach_heads(build_heads(HeadsConfig.from_json(config.llmrl)))
 
     def attach_heads(self, heads: nn.ModuleDict) -> None:
@@ -109,7 +109,7 @@ class HeadsModelMixin:
                 raise
             raise ModelError(
                 f"the base model of {name} cannot be read at {source}: {str(error).splitlines()[0]}\n"
-                f'put it there, or change llmrl.base.model in {folder / "config.json"}'
+                f"put it there, or change llmrl.base.model in {folder / 'config.json'}"
             ) from error
         check_weights(local_folder(source, **base_hub), spec.base, str(name))
         heads = build_heads(spec)
@@ -165,10 +165,14 @@ def model_class_for(architecture: str) -> Any:
 
     base = getattr(transformers, architecture, None)
     if base is None or not hasattr(base, "forward"):
-        raise ModelError(f"transformers {transformers.__version__} has no class {architecture}: install one that has it")
+        raise ModelError(
+            f"transformers {transformers.__version__} has no class {architecture}: install one that has it"
+        )
     base_config = base.config_class
     name = CLASS_PREFIX + base_config.__name__
-    config_class = type(name, (_HeadsConfigMixin, base_config), {"__module__": __name__, "__doc__": base_config.__doc__})
+    config_class = type(
+        name, (_HeadsConfigMixin, base_config), {"__module__": __name__, "__doc__": base_config.__doc__}
+    )
     model_class = type(
         CLASS_PREFIX + architecture,
         (HeadsModelMixin, base),

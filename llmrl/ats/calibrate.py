@@ -73,7 +73,9 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         base = _without_model(base)
         report["greedy_identical"] = texts == _reload_and_generate(staging, prompts, config)
         if not report["greedy_identical"]:
-            raise ModelError("greedy text of the calibrated model differs from the base's: nothing was saved, please report")
+            raise ModelError(
+                "greedy text of the calibrated model differs from the base's: nothing was saved, please report"
+            )
         write_json(staging / "report.json", report)
         _write_extras(staging, config, report)
         publish_folder(staging, output_dir, keep_foreign=True)
@@ -101,9 +103,7 @@ def _check_output(config: CalibrateConfig) -> Path:
     return output_dir
 
 
-def select_windows(
-    config: CalibrateConfig, rows: list[Any], base: BaseModel, say: Any
-) -> tuple[Windows, list[Window]]:
+def select_windows(config: CalibrateConfig, rows: list[Any], base: BaseModel, say: Any) -> tuple[Windows, list[Window]]:
     """Encode the rows and keep at most `max_tokens`; say what was found, left out and kept."""
     context = context_length(base.model, base.tokenizer)
     longest = config.max_length or context
@@ -122,9 +122,7 @@ def select_windows(
     return found, windows
 
 
-def _features(
-    config: CalibrateConfig, base: BaseModel, windows: list[Window], partial: Path
-) -> TokenFeatures:
+def _features(config: CalibrateConfig, base: BaseModel, windows: list[Window], partial: Path) -> TokenFeatures:
     with progress_bar("features", len(windows), unit="window", quiet=config.quiet) as advance:
         return extract_features(
             base.model,
@@ -206,9 +204,7 @@ def _report(
     }
 
 
-def _save(
-    staging: Path, config: CalibrateConfig, base: BaseModel, head: nn.ModuleDict, report: dict[str, Any]
-) -> None:
+def _save(staging: Path, config: CalibrateConfig, base: BaseModel, head: nn.ModuleDict, report: dict[str, Any]) -> None:
     spec = HeadsConfig(
         heads={name: module.spec for name, module in head.items()},  # type: ignore[misc]
         base=base.reference,
@@ -302,4 +298,3 @@ def _show(report: dict[str, Any], output_dir: Path, say: Any) -> None:
     say(f"\nselected: {report['selected']} (by {report['selected_by']}); greedy text identical to the base: yes")
     say(f"saved: {output_dir}" + (f"; plot: {plot}" if plot.exists() else "; no plot: pip install matplotlib"))
     say(f"serve: llmrl serve {output_dir}")
-

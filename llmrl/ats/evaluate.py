@@ -60,12 +60,13 @@ def fit_and_score(
         source = shuffled if name == SHUFFLED else parts
         heads[name] = _fit(name, source, loss, seed, on_epoch)
     scales = {
-        part: {name: head_log_scales(heads[name], (shuffled if name == SHUFFLED else parts)[part].hidden) for name in methods}
+        part: {
+            name: head_log_scales(heads[name], (shuffled if name == SHUFFLED else parts)[part].hidden)
+            for name in methods
+        }
         for part in ("validation", "test")
     }
-    validation = {
-        name: point_metrics(_from_curve(parts["validation"], scales["validation"][name])) for name in methods
-    }
+    validation = {name: point_metrics(_from_curve(parts["validation"], scales["validation"][name])) for name in methods}
     candidates = [name for name in methods if name != SHUFFLED]  # a control cannot be served
     best = min(candidates, key=lambda name: validation[name]["brier"])
     predictions = predict(parts["test"], layer, scales["test"])
@@ -83,9 +84,7 @@ def fit_and_score(
     )
 
 
-def predict(
-    features: TokenFeatures, layer: OutputLayer, log_scales: dict[str, torch.Tensor]
-) -> dict[str, Predictions]:
+def predict(features: TokenFeatures, layer: OutputLayer, log_scales: dict[str, torch.Tensor]) -> dict[str, Predictions]:
     """Return each method's predictions from the model's logits (not from the curve)."""
     lse = exact_lse(layer, features, log_scales)
     return {name: _predictions(features, lse[name], scale) for name, scale in log_scales.items()}

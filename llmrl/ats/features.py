@@ -186,9 +186,7 @@ def _read_shard(path: Path) -> TokenFeatures:
     return TokenFeatures(**load_file(str(path)))
 
 
-def _features_of(
-    model: Any, layer: OutputLayer, windows: list[Window], first: int, batch_size: int
-) -> TokenFeatures:
+def _features_of(model: Any, layer: OutputLayer, windows: list[Window], first: int, batch_size: int) -> TokenFeatures:
     parts: dict[int, TokenFeatures] = {}
     for indices, hidden in _hidden_states(model, windows, batch_size):
         for row, index in enumerate(indices):

@@ -171,9 +171,7 @@ def compare_methods(
     }
     differences = {
         f"{a} - {b}": {
-            metric: interval(
-                points[a][metric] - points[b][metric], samples[a][metric] - samples[b][metric], floor=None
-            )
+            metric: interval(points[a][metric] - points[b][metric], samples[a][metric] - samples[b][metric], floor=None)
             for metric in METRICS
         }
         for a, b in pairs or []

@@ -34,7 +34,9 @@ class CalibrateConfig:
     bootstrap_draws: int = option(1000, help="draws behind the 95% intervals")
     overwrite: bool = option(False, help="replace what is in --output_dir")
     resume_from_checkpoint: str | None = option(None, help="go on with a run that was cut off", const="latest")
-    report_to: str = option("none", help="none, tensorboard, wandb or trackio", choices=("none", "tensorboard", "wandb", "trackio"))
+    report_to: str = option(
+        "none", help="none, tensorboard, wandb or trackio", choices=("none", "tensorboard", "wandb", "trackio")
+    )
     quiet: bool = option(False, help="print errors only")
 
     def __post_init__(self) -> None:

@@ -150,5 +150,3 @@ def _compare(reference: dict[str, Any], served: dict[str, Any]) -> ServingCheck:
 if __name__ == "__main__":
     _task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     write_json(sys.argv[2], _vllm_side(_task))
-
-

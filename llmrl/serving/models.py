@@ -148,4 +148,3 @@ def __getattr__(name: str) -> type:
     made.__module__ = __name__
     globals()[name] = made
     return made
-

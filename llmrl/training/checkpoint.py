@@ -196,7 +196,7 @@ class SafeCheckpoints(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        compare_runs(checkpoint, {**self._facts(), "sharded": self._sharded})
+        compare_runs(checkpoint, self._facts())
         if self._sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

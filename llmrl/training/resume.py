@@ -133,7 +133,7 @@ def resolve_resume(
         sharded: the run uses FSDP or DeepSpeed, whose own files are let through.
 
     Raises:
-        CheckpointError: the path is missing, is incomplete, or holds a pickle.
+        CheckpointError: the path is missing, is incomplete, holds a pickle, or is sharded and the run is not.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
@@ -144,7 +144,12 @@ def resolve_resume(
             return None
     else:
         checkpoint = Path(resume_from_checkpoint).expanduser()
-        read_manifest(checkpoint)
+    if read_manifest(checkpoint).get("sharded", False) != sharded:
+        saved, now = ("with", "without") if not sharded else ("without", "with")
+        raise CheckpointError(
+            f"{checkpoint} was saved {saved} FSDP or DeepSpeed and this run is {now}: launch it with the same "
+            "accelerate config"
+        )
     if not sharded:
         refuse_pickles(checkpoint)
     return str(checkpoint)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmrl.errors import CheckpointError
@@ -42,11 +43,12 @@ def load_state(folder: Path | str, name: str) -> Any:
     path = Path(folder) / f"{name}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        tensors = load_file(path.with_suffix(".safetensors")) if content["tensors"] else {}
-        return _decode(content["state"], tensors)
+        if content["tensors"]:
+            path = path.with_suffix(".safetensors")
+        return _decode(content["state"], load_file(path) if content["tensors"] else {})
     except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename or path} is missing: resume from another checkpoint") from error
-    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing: resume from another checkpoint") from error
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): resume from another checkpoint") from error
 
 

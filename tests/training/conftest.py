@@ -43,7 +43,9 @@ def torchrun():
 
     def start(runs):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-        done = subprocess.run([*command, json.dumps(runs)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            [*command, json.dumps(runs)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+        )
         return done.returncode, done.stdout + done.stderr
 
     return start

@@ -1,7 +1,7 @@
 """Small real runs in processes of their own, which tests start, kill with SIGKILL and resume.
 
-    torchrun --nproc_per_node 2 sft_run.py '[{"output_dir": ..., "trainer": "sft", ...}, ...]'    one run after the other
-    python sft_run.py       reads one run a line, forks its processes, answers with an exit code (-9: killed)
+    torchrun --nproc_per_node 2 sft_run.py '[{"output_dir": ..., "trainer": "sft", ...}, ...]'    one after the other
+    python sft_run.py         reads one run a line, forks its processes, answers with an exit code (-9: killed)
 
 A forked process starts from the imported libraries and nothing else; importing takes longer than a run. With `ranks` 2
 a pair is forked with the variables that torchrun sets, and when one dies the other is ended, as torchrun does.
@@ -45,7 +45,7 @@ MODEL = REPO / "examples" / "stories260k"
 DEFAULTS = {
     "trainer": "trainer", "max_steps": 8, "save_steps": 4, "logging_steps": 3, "batch": 4, "rows": 60, "dropout": 0.1,
     "learning_rate": 1e-3, "resume": None, "kill": None, "fail": None, "processes": None, "patience": None,
-    "arguments": {},
+    "sharded": False, "arguments": {},
 }  # fmt: skip
 
 
@@ -105,6 +105,9 @@ def watched(base, options):
         raise OSError(28, "No space left on device", "rank_0.safetensors")
 
     class Watched(base):
+        if options["sharded"]:
+            _sharded = True  # takes the path of FSDP and DeepSpeed, which no CPU has
+
         def training_step(self, model, inputs, num_items_in_batch=None):
             rows = [i[m.bool()].tolist() for i, m in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
             path = Path(self.args.output_dir) / f"batches-{self.args.process_index}.jsonl"
@@ -158,7 +161,9 @@ def serve():
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks > 1 else {}
-        children = {fork(options, {**group, "RANK": str(r), "LOCAL_RANK": str(r)} if group else {}) for r in range(ranks)}
+        children = {
+            fork(options, {**group, "RANK": str(r), "LOCAL_RANK": str(r)} if group else {}) for r in range(ranks)
+        }
         code = 0
         while children:
             child, status = os.wait()

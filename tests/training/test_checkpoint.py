@@ -132,7 +132,12 @@ def test_train_keeps_best_checkpoint_and_patience_over_a_kill(run, uninterrupted
 def test_save_writes_no_pickle(uninterrupted):
     for trainer in ("trainer", "sft-lora"):
         files = [p for p in uninterrupted(trainer=trainer).rglob("*") if p.is_file()]
-        assert {p.suffix for p in files if "checkpoint-" in str(p.parent.name)} <= {".json", ".safetensors", ".md", ".jinja"}
+        assert {p.suffix for p in files if "checkpoint-" in str(p.parent.name)} <= {
+            ".json",
+            ".safetensors",
+            ".md",
+            ".jinja",
+        }
         assert [p for p in files if is_pickle(p.read_bytes())] == []
 
 
@@ -154,6 +159,16 @@ def test_train_refuses_a_checkpoint_with_a_pickle(run, tmp_path):
     assert len(printed) == 1
     assert "checkpoint-4/optimizer.pt is a pickle" in printed[0]
     assert latest_checkpoint(tmp_path).name == "checkpoint-4"  # refused, not passed over for an older one
+
+
+def test_train_leaves_sharded_state_to_transformers(run, uninterrupted, tmp_path):
+    assert run(tmp_path, sharded=True, kill="after_save:4") == -9
+    assert (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
+    assert run(tmp_path, resume=True) == 1
+    assert "was saved with FSDP or DeepSpeed and this run is without" in log(tmp_path)
+    assert run(tmp_path, sharded=True, resume=True) == 0, log(tmp_path)
+    for name in ("checkpoint-8/model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / name).read_bytes() == (uninterrupted(trainer="trainer") / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Guarantee 6 over processes: 1 and 2 see the same global batches and end with the same parameters; 2 resume exactly."""
+"""Guarantee 6 over processes: 1 and 2 see the same global batches and end with equal parameters; 2 resume exactly."""
 
 import json
 from itertools import groupby
@@ -37,7 +37,7 @@ def global_batches(folder, processes):
         records = [json.loads(line) for line in (folder / f"batches-{rank}.jsonl").read_text().splitlines()]
         grouped = groupby(records, key=lambda record: record["step"])
         steps.append([[row for record in group for row in record["rows"]] for _, group in grouped])
-    return [sum(parts, []) for parts in zip(*steps, strict=True)]
+    return [[row for part in parts for row in part] for parts in zip(*steps, strict=True)]
 
 
 def largest_difference(one, two):
