@@ -52,6 +52,7 @@ def lse_curve(logits: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
 def _curve_block(logits: Tensor, scales: list[float], values: Tensor, slopes: Tensor) -> None:
     shifted = logits.float()
     shifted = (shifted - shifted.amax(-1, keepdim=True)).clamp_min(_FLOOR)
+    product = torch.empty_like(shifted)
     for phase in range(min(KNOTS_PER_OCTAVE, len(scales))):
         weights = torch.exp(shifted * scales[phase])
         for k in range(phase, len(scales), KNOTS_PER_OCTAVE):
@@ -59,7 +60,8 @@ def _curve_block(logits: Tensor, scales: list[float], values: Tensor, slopes: Te
                 weights = weights.square_()  # exp(2 s x) = exp(s x)^2
             total = weights.sum(-1)
             values[:, k] = total.log()
-            slopes[:, k] = torch.linalg.vecdot(weights, shifted) / total * scales[k]
+            # on a CPU half the time of torch.linalg.vecdot
+            slopes[:, k] = torch.mul(weights, shifted, out=product).sum(-1) / total * scales[k]
 
 
 def lse_curve_reference(logits: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,24 +74,30 @@ def lse_curve_reference(logits: Tensor, knots: Tensor) -> tuple[Tensor, Tensor]:
     return values, slopes
 
 
-def lse_interpolate(values: Tensor, slopes: Tensor, log_scale: Tensor, low: float = -3.0) -> Tensor:
+def lse_interpolate(
+    values: Tensor, slopes: Tensor, log_scale: Tensor, rows: Tensor | None = None, low: float = -3.0
+) -> Tensor:
     """Return L at one `log_scale` a row by cubic Hermite interpolation; differentiable in `log_scale`.
 
     Args:
         values: `[N, K]` from `lse_curve`.
         slopes: `[N, K]` from `lse_curve`.
-        log_scale: `[N]`, within the range of the knots.
+        log_scale: `[M]`, within the range of the knots.
+        rows: `[M]`, the row each `log_scale` belongs to; None is all of them in order (M = N). Two knots a row are read, so
+            a batch out of a large table costs no copy of its rows.
         low: the first knot.
 
     Returns:
-        `[N]` float32; the error is below 1e-4 for logits of language models (measured in the tests).
+        `[M]` float32; the error is below 1e-4 for logits of language models (measured in the tests).
     """
     position = (log_scale - low) / _STEP
     left = position.detach().floor().long().clamp(0, values.shape[1] - 2)
     t = position - left
-    index = torch.stack([left, left + 1], dim=-1)
-    y0, y1 = values.gather(1, index).unbind(-1)
-    d0, d1 = (slopes.gather(1, index) * _STEP).unbind(-1)
+    if rows is None:
+        rows = torch.arange(values.shape[0], device=values.device)
+    first = rows * values.shape[1] + left
+    y0, y1 = values.view(-1)[first], values.view(-1)[first + 1]
+    d0, d1 = slopes.view(-1)[first] * _STEP, slopes.view(-1)[first + 1] * _STEP
     a = d0 - (y1 - y0)
     b = (y1 - y0) - d1
     return y0 * (1 - t) + y1 * t + t * (1 - t) * (a * (1 - t) + b * t)

@@ -36,10 +36,11 @@ class FitRecord:
     validation_loss: float
 
 
-def curve_loss(loss: str, features: TokenFeatures, log_scale: Tensor) -> Tensor:
-    """Return the per-token loss at `log_scale` `[N]`, through the curve; differentiable."""
-    lse = lse_interpolate(features.curve, features.slope, log_scale)
-    return calibration_loss(loss, lse, log_scale, features.gap, features.correct)
+def curve_loss(loss: str, features: TokenFeatures, log_scale: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Return the per-token loss at `log_scale` `[M]` of the tokens `rows` (None: all), through the curve; differentiable."""
+    lse = lse_interpolate(features.curve, features.slope, log_scale, rows)
+    picked = slice(None) if rows is None else rows
+    return calibration_loss(loss, lse, log_scale, features.gap[picked], features.correct[picked])
 
 
 def fit_temperature(features: TokenFeatures, loss: str) -> float:
@@ -91,12 +92,13 @@ def fit_linear(
     weight = nn.Parameter(torch.zeros(fit.hidden.shape[1]))
     bias = nn.Parameter(torch.tensor(start))
 
-    def log_scales(features: TokenFeatures) -> Tensor:
-        return (_standardise(features.hidden, mean, deviation) @ weight + bias).clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
+    def log_scales(hidden: Tensor) -> Tensor:
+        return (_standardise(hidden, mean, deviation) @ weight + bias).clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
 
     def mean_loss(features: TokenFeatures) -> float:
         with torch.no_grad():
-            return curve_loss(loss, features, log_scales(features)).double().mean().item()
+            scales = torch.cat([log_scales(part) for part in features.hidden.split(65536)])
+            return curve_loss(loss, features, scales).double().mean().item()
 
     steps_per_epoch = max(1, math.ceil(len(fit) / BATCH_TOKENS))
     epochs = max(EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch))
@@ -108,8 +110,7 @@ def fit_linear(
     for epoch in range(1, epochs + 1):
         total = 0.0
         for batch in torch.randperm(len(fit), generator=generator).split(BATCH_TOKENS):
-            part = fit.select(batch)
-            value = curve_loss(loss, part, log_scales(part)).mean()
+            value = curve_loss(loss, fit, log_scales(fit.hidden[batch]), batch).mean()
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

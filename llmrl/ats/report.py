@@ -55,35 +55,40 @@ def _is_best(methods: dict[str, dict[str, dict[str, float]]], name: str, metric:
     return values[name] == best
 
 
-def seeds_table(seeds: dict[str, dict[str, Any]], metrics: tuple[str, ...] = ("ece", "nll", "brier")) -> str:
-    """Return one row a method: value and interval of each seed, so that a lucky split cannot hide."""
-    names = next(iter(seeds.values()))["methods"]
-    rows = [["method", *(f"{_TITLES[m]}, seed {s}" for m in metrics for s in seeds)]]
-    for name in names:
+def seeds_table(seeds: dict[str, dict[str, Any]], metric: str = "ece") -> str:
+    """Return one row a method and one column a seed, so that a lucky split cannot hide."""
+    rows = [["method", *(f"{_TITLES[metric]}, seed {seed}" for seed in seeds)]]
+    for name in next(iter(seeds.values()))["methods"]:
         label = f"{name} {_CONTROL}" if name == SHUFFLED else name
-        rows.append([label, *(_cell(r["methods"][name][m], False) for m in metrics for r in seeds.values())])
+        cells = [_cell(r["methods"][name][metric], _is_best(r["methods"], name, metric)) for r in seeds.values()]
+        rows.append([label, *cells])
     return _align(rows)
 
 
 def sentences(report: dict[str, Any]) -> list[str]:
-    """Say in words what the paired differences show, for and against the selected method."""
-    selected = report["selected"]
+    """Say in words what the paired differences show, for and against the selected method, over all seeds."""
+    selected, seeds = report["selected"], list(report["seeds"].values())
     lines = []
     for reference in (NONE, TEMPERATURE, TEMPERATURE_ECE):
-        key = f"{selected} - {reference}"
-        if key not in report["differences"]:
-            continue
-        verdicts = {m: _verdict(report["differences"][key][m], m) for m in ("ece", "nll", "brier")}
-        for word in ("better", "worse", "no different"):
-            named = [_TITLES[m] for m, verdict in verdicts.items() if verdict == word]
-            if named:
-                than = "from" if word == "no different" else "than"
-                lines.append(f"{selected} is {word} {than} {reference} in {', '.join(named)} (paired 95% intervals)")
-    if f"{SHUFFLED} - {TEMPERATURE_ECE}" in report["differences"]:
-        verdict = _verdict(report["differences"][f"{SHUFFLED} - {TEMPERATURE_ECE}"]["ece"], "ece")
-        than = "from" if verdict == "no different" else "than"
-        lines.append(f"the control (features shuffled) is {verdict} {than} {TEMPERATURE_ECE} in ECE")
+        if f"{selected} - {reference}" in report["differences"]:
+            lines.append(f"{selected} against {reference}: {_verdicts(seeds, selected, reference)}")
+    scalars = [name for name in (TEMPERATURE, TEMPERATURE_ECE) if name in report["methods"]]
+    if SHUFFLED in report["methods"] and scalars:
+        best = min(scalars, key=lambda name: report["methods"][name]["ece"]["value"])
+        lines.append(f"the control (features shuffled) against {best}: {_verdicts(seeds, SHUFFLED, best)}")
     return lines
+
+
+def _verdicts(seeds: list[dict[str, Any]], method: str, reference: str) -> str:
+    parts = []
+    for metric in ("ece", "nll", "brier"):
+        found = [_verdict(seed["differences"][f"{method} - {reference}"][metric], metric) for seed in seeds]
+        if len(seeds) == 1:
+            parts.append(f"{_TITLES[metric]} {found[0]}")
+        else:
+            counts = [f"{found.count(word)} {word}" for word in ("better", "worse", "no different") if word in found]
+            parts.append(f"{_TITLES[metric]} {', '.join(counts)} of {len(seeds)} seeds")
+    return "; ".join(parts)
 
 
 def _verdict(difference: dict[str, float], metric: str) -> str:

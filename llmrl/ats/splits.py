@@ -17,6 +17,7 @@ FIT, VALIDATION, TEST = "fit", "validation", "test"
 _SHARES = ((0.50, FIT), (0.65, VALIDATION), (1.0, TEST))
 _GOLDEN = 0.6180339887498949
 MAX_BLOCK = 14
+_ENOUGH = 24
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def limit_windows(windows: list[Window], max_tokens: int, seed: int) -> list[Win
 
 
 def _units(windows: list[Window]) -> list[list[int]]:
-    # a short text must still give some twenty units
-    block = max(1, min(MAX_BLOCK, len(windows) // 24))
+    # a short text must still give some twenty units; rows that are many enough stay whole
+    many = len({window.row for window in windows}) >= _ENOUGH
+    block = MAX_BLOCK if many else max(1, min(MAX_BLOCK, len(windows) // _ENOUGH))
     units: list[list[int]] = []
     for index, window in enumerate(windows):
         last = units[-1] if units else None

@@ -7,7 +7,7 @@ A forked process starts from the imported libraries and nothing else; importing 
 a pair is forked with the variables that torchrun sets, and when one dies the other is ended, as torchrun does.
 
 `kill` and `fail` (an OSError of a full disk) name the place: "after_save:N" once checkpoint N is published, "in_save:N"
-with model and optimizer written and the rest not, "in_rename:N" with everything written and not yet renamed. Beside the
+with model and optimizer written and the rest not, "in_rename:N" with everything written and not yet renamed. `slow` lets process 1 arrive a second late there. Beside the
 trainer's own files a run leaves batches-R.jsonl, the rows process R saw step by step, and in the second form log.txt.
 """
 
@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ from llmrl.training import checkpoint as checkpoint_module  # noqa: E402
 MODEL = REPO / "examples" / "stories260k"
 DEFAULTS = {
     "trainer": "trainer", "max_steps": 8, "save_steps": 4, "logging_steps": 3, "batch": 4, "rows": 60, "dropout": 0.1,
-    "learning_rate": 1e-3, "resume": None, "kill": None, "fail": None, "processes": None, "patience": None,
+    "learning_rate": 1e-3, "resume": None, "kill": None, "fail": None, "processes": None, "patience": None, "slow": None,
     "sharded": False, "arguments": {},
 }  # fmt: skip
 
@@ -104,6 +105,9 @@ def watched(base, options):
     def full_disk(*_):
         raise OSError(28, "No space left on device", "rank_0.safetensors")
 
+    def late(*_):
+        time.sleep(1 if int(os.environ.get("RANK", "0")) == 1 else 0)
+
     class Watched(base):
         if options["sharded"]:
             _sharded = True  # takes the path of FSDP and DeepSpeed, which no CPU has
@@ -117,7 +121,7 @@ def watched(base, options):
 
         def _save_checkpoint(self, model, trial):
             step = self.state.global_step
-            for option, action in (("kill", suicide), ("fail", full_disk)):
+            for option, action in (("kill", suicide), ("fail", full_disk), ("slow", late)):
                 if options[option] == f"in_save:{step}":
                     self._save_scaler = action
                 if options[option] == f"in_rename:{step}":

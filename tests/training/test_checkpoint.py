@@ -62,6 +62,9 @@ def test_train_resumed_after_kill_equals_uninterrupted(run, uninterrupted, tmp_p
     first, last = (load_file(expected / f"checkpoint-{n}" / weights) for n in (4, 8))
     assert any((first[name] != last[name]).any() for name in first)
     assert [row["step"] for row in read_metrics(expected)] == [3, 6, 8]
+    # the speed is that of the four steps this process took
+    timing = read_metrics(tmp_path / "timings.jsonl")[-1]
+    assert timing["train_steps_per_second"] * timing["train_runtime"] == pytest.approx(4, rel=0.02)
 
 
 def test_train_resumed_across_epochs_with_accumulation_equals_uninterrupted(run, uninterrupted, tmp_path):
@@ -78,6 +81,7 @@ def test_save_killed_half_way_leaves_no_checkpoint(run, uninterrupted, tmp_path,
     assert run(tmp_path, kill=place) == -9
     assert visible(tmp_path) == ["checkpoint-4"]
     assert staged(tmp_path) == [".checkpoint-8.tmp"]
+    (tmp_path / ".checkpoint-6.tmp").mkdir()  # of a save that this run will not do again
     assert run(tmp_path, resume="latest") == 0, log(tmp_path)
     assert staged(tmp_path) == []
     assert_same_run(tmp_path, uninterrupted(trainer="trainer"))

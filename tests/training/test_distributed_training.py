@@ -67,7 +67,7 @@ def test_train_with_a_mean_per_process_would_be_noticed(folders):
 
 @pytest.mark.parametrize("place", ["after_save:4", "in_save:8"])
 def test_train_on_2_processes_resumed_after_kill_equals_uninterrupted(folders, run, tmp_path, place):
-    assert run(tmp_path, ranks=2, processes=2, kill=place, **RESUMED) == -9
+    assert run(tmp_path, ranks=2, processes=2, kill=place, slow="in_save:4", **RESUMED) == -9
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4"]
     assert run(tmp_path, ranks=2, processes=2, resume=True, **RESUMED) == 0, (tmp_path / "log.txt").read_text()
     expected = folders / "uninterrupted"

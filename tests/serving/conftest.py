@@ -1,0 +1,106 @@
+"""vLLM for tests: one process for everything in process, and servers that are stopped whatever happens."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving_folders import NEW_TOKENS, ROOT, STORIES, heads_folder, prompt_ids, random_model
+
+from llmrl.vllm_compat import vllm_build, why_no_vllm
+
+# no compilation of the logprob counter, no other plugins, no telemetry; few threads, as the suite shares its cores
+ENVIRONMENT = {
+    **os.environ,
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "llmrl",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+SCALAR, LINEAR = {"architecture": "scalar"}, {"architecture": "linear"}
+BESIDE, MERGED = {"merged": False}, {"merged": True}
+# every architecture, and every combination of head, merged or not, and one file or several
+PARITY = {
+    "llama": ("LlamaForCausalLM", False, LINEAR | BESIDE),
+    "llama-sharded-merged": ("LlamaForCausalLM", True, LINEAR | MERGED),
+    "qwen2-merged": ("Qwen2ForCausalLM", False, SCALAR | MERGED),
+    "qwen3-sharded": ("Qwen3ForCausalLM", True, SCALAR | BESIDE),
+    "mistral-sharded-merged": ("MistralForCausalLM", True, SCALAR | MERGED),
+    "gemma2-merged": ("Gemma2ForCausalLM", False, LINEAR | MERGED),
+    "gemma3": ("Gemma3ForCausalLM", False, SCALAR | BESIDE),
+}
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("vllm") and vllm_build() is None:
+        pytest.skip(f"no vLLM: {why_no_vllm()}")
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    return prompt_ids()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A head-only folder on the real pretrained model, with a head that changes every probability."""
+    return heads_folder(STORIES, tmp_path_factory.mktemp("served") / "stories", seed=1)
+
+
+@pytest.fixture(scope="session")
+def other_head(tmp_path_factory):
+    """The same base under another head."""
+    return heads_folder(STORIES, tmp_path_factory.mktemp("served") / "other", seed=2)
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "reward"
+    return heads_folder(STORIES, folder, kind="reward", outputs=5, seed=3)
+
+
+@pytest.fixture(scope="session")
+def parity_folders(tmp_path_factory):
+    """Name -> (folder, its base)."""
+    folders = {}
+    for name, (architecture, shards, options) in PARITY.items():
+        base = random_model(architecture, tmp_path_factory.mktemp("bases") / name, shards=shards)
+        folders[name] = (heads_folder(base, tmp_path_factory.mktemp("heads") / name, seed=5, **options), base)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def in_process(tmp_path_factory, prompts, served, other_head, reward_folder, parity_folders):
+    """Answers of in_process.py by task: {"answer": ...} or {"error": ..., "traceback": ...}."""
+    common = {"prompts": prompts, "new_tokens": NEW_TOKENS}
+    tasks = {name: {"kind": "parity", "folder": str(f), **common} for name, (f, _) in parity_folders.items()}
+    tasks["classes"] = {"kind": "classes", "architectures": sorted({a for a, _, _ in PARITY.values()})}
+    tasks["reward"] = {"kind": "reward", "folder": str(reward_folder), "prompts": prompts}
+    tasks["reload"] = {
+        "kind": "reload",
+        "folder": str(served),
+        "base": str(STORIES),
+        "new_head": str(other_head / "llmrl_heads.safetensors"),
+        **common,
+    }
+    # last: what vLLM imports for it makes the start of a further engine in the same process fail
+    tasks["speculative"] = {"kind": "speculative", "folder": str(served)}
+    scratch = tmp_path_factory.mktemp("in_process")
+    task, answer = scratch / "tasks.json", scratch / "answers.json"
+    task.write_text(json.dumps(tasks))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("in_process.py")), str(task), str(answer)],
+        env=ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert answer.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    answers = json.loads(answer.read_text())
+    lost = {name: {"error": f"the process ended with {done.returncode}", "traceback": done.stderr[-4000:]} for name in tasks}
+    return lost | answers

@@ -1,0 +1,138 @@
+"""Small models, llmrl folders on them with heads of clearly non-zero weights, and what transformers says about both."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmrl.base_model import load_base
+from llmrl.heads import HeadsConfig, HeadSpec, build_head
+from llmrl.modeling import save_heads_folder
+
+ROOT = Path(__file__).parents[2]
+STORIES = ROOT / "examples" / "stories260k"
+PROMPTS = ["Once upon a time", "The little dog ran to the park and saw a big red ball. He was very happy", "1"]
+NEW_TOKENS = 16
+HIDDEN = 64
+
+
+def prompt_ids():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    return [tokenizer(text)["input_ids"] for text in PROMPTS]
+
+
+def random_model(architecture, folder, *, shards=False):
+    """Write a tiny model whose weights are large enough for its distributions to be far from uniform."""
+    import transformers
+
+    # vLLM on a CPU attends with heads of at least 32
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    extra = {
+        "LlamaForCausalLM": {"tie_word_embeddings": False},
+        "Gemma2ForCausalLM": {"query_pre_attn_scalar": 32, "final_logit_softcapping": 8.0},
+        "Gemma3ForCausalLM": {"query_pre_attn_scalar": 32},
+    }
+    model_class = getattr(transformers, architecture)
+    torch.manual_seed(len(architecture))
+    model = model_class(model_class.config_class(**shape, **extra.get(architecture, {})))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder, max_shard_size="100KB" if shards else "5GB")
+    assert (folder / "model.safetensors.index.json").exists() == shards
+    transformers.AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder)
+    return folder
+
+
+def heads_folder(base, folder, *, kind="temperature", architecture="linear", outputs=1, merged=False, seed=0):
+    """Write a folder as `llmrl calibrate` does, with random heads instead of fitted ones."""
+    opened = load_base(str(base))
+    spec = HeadSpec(kind, architecture, opened.model.config.hidden_size, outputs)
+    head = build_head(spec)
+    fill(head, seed)
+    config = HeadsConfig(
+        heads={kind: spec},
+        base=opened.reference,
+        base_model_type=opened.model.config.model_type,
+        base_architecture=opened.architecture,
+        merged=merged,
+        method=f"ats-{architecture}",
+    )
+    folder.mkdir(parents=True)
+    save_heads_folder(folder, nn.ModuleDict({kind: head}), config, opened.tokenizer, opened.folder)
+    return folder
+
+
+def fill(head, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        if head.weight is not None:
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.08)
+        head.bias.copy_(torch.randn(head.bias.shape, generator=generator) * 0.1 - 0.7)
+
+
+def greedy(model, prompts):
+    """Return greedy continuations, one token and one whole forward pass at a time."""
+    continuations = []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.inference_mode():
+            for _ in range(NEW_TOKENS):
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        continuations.append(ids[len(prompt) :])
+    return continuations
+
+
+def token_logprobs(model, ids):
+    """Return the logprob of each token but the first, given those before it."""
+    with torch.inference_mode():
+        rows = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return [rows[i, token].item() for i, token in enumerate(ids[1:])]
+
+
+def expected(folder, base, prompts):
+    """Return what vLLM must say about `folder`: the base's greedy ids, the head's logprobs of prompt and continuation."""
+    from transformers import AutoModelForCausalLM
+
+    with_head = AutoModelForCausalLM.from_pretrained(folder).eval()
+    without = AutoModelForCausalLM.from_pretrained(base).eval()
+    continuations = greedy(without, prompts)
+    whole = [prompt + new for prompt, new in zip(prompts, continuations, strict=True)]
+    return {
+        "greedy": continuations,
+        "logprobs": [token_logprobs(with_head, ids) for ids in whole],
+        "base_logprobs": [token_logprobs(without, ids) for ids in whole],
+    }
+
+
+def largest_difference(one, other):
+    return max(abs(a - b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def assert_agrees(found, wanted):
+    """vLLM says what transformers says, and neither says what the base says."""
+    assert [answer["ids"] for answer in found] == wanted["greedy"]
+    logprobs = [answer["prompt_logprobs"] + answer["logprobs"] for answer in found]
+    assert largest_difference(logprobs, wanted["logprobs"]) < 1e-3
+    assert largest_difference(logprobs, wanted["base_logprobs"]) > 0.3
+    # each of the two kinds of logprobs has the head in it
+    prompts = [answer["prompt_logprobs"] for answer in found]
+    base_prompts = [row[: len(p)] for row, p in zip(wanted["base_logprobs"], prompts, strict=True)]
+    assert largest_difference(prompts, base_prompts) > 0.3
+    base_new = [row[-NEW_TOKENS:] for row in wanted["base_logprobs"]]
+    assert largest_difference([answer["logprobs"] for answer in found], base_new) > 0.3
