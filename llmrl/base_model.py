@@ -112,7 +112,12 @@ def check_model_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is a file; name the folder of a checkpoint")
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} is a PEFT adapter: merge it into its base first\n"
+            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIR)"
+        )
+    if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is no model folder: it has no config.json")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))

@@ -44,8 +44,12 @@ def run_calibrate(argv: list[str], prog: str = "llmrl calibrate") -> int:
 
 
 def _quiet_libraries(quiet: bool) -> None:
+    import logging as standard_logging
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    # its retries without a network fill the screen; the error that ends them is ours to print
+    standard_logging.getLogger("huggingface_hub").setLevel(standard_logging.ERROR)
     if quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()

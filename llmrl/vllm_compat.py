@@ -7,9 +7,11 @@ inside functions only.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -160,6 +162,19 @@ def _vllm() -> tuple[Literal["cpu", "cuda"] | None, str | None]:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return None, f"vLLM needs Linux on x86_64, this is {sys.platform} on {platform.machine()}"
     return None, f"not installed: {install_hint('vllm')}"
+
+
+@functools.cache
+def vllm_architectures() -> frozenset[str]:
+    """Return the architectures that the installed vLLM knows, read off its registry without importing it (5 seconds)."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    registry = pathlib.Path(spec.origin).parent / "model_executor" / "models" / "registry.py"
+    tree = ast.parse(registry.read_text(encoding="utf-8"))
+    tables = [node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
+    keys = [key for table in tables for key in table.keys if isinstance(key, ast.Constant)]
+    return frozenset(key.value for key in keys if isinstance(key.value, str))
 
 
 def patch_cpu_lora() -> bool:

@@ -33,7 +33,7 @@ from llmrl.modeling import save_heads_folder
 from llmrl.training.distributed import barrier, check_processes, is_main_process, join_processes
 from llmrl.training.run import write_model_card, write_run_files
 from llmrl.training.tracking import MetricsLog, progress_bar
-from llmrl.vllm_compat import check_versions
+from llmrl.vllm_compat import check_versions, vllm_architectures, vllm_build
 
 GREEDY_PROMPTS, GREEDY_TOKENS = 8, 32
 
@@ -57,7 +57,11 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     if config.overwrite and is_main_process():
         shutil.rmtree(partial, ignore_errors=True)
     barrier()
-    features = _features(config, base, windows, partial)
+    try:
+        features = _features(config, base, windows, partial)
+    finally:
+        if is_main_process() and not any(partial.glob("features-*")):
+            shutil.rmtree(partial, ignore_errors=True)  # nothing finished in it that would be worth keeping
     if not is_main_process():  # the fits take seconds: one process does them
         return {}
     with staging_folder(output_dir) as staging:
@@ -199,9 +203,17 @@ def _report(
         "max_length": max(len(window.token_ids) for window in windows),
         "unused_tokens": found.tokens - sum(sum(window.scored) for window in windows),
         "bootstrap": {"draws": config.bootstrap_draws, "unit": "window", "interval": 0.95},
+        "serving": {"vllm": _vllm_status(base)},
         "base": asdict(replace(base.reference, model=Path(base.reference.model).name)),
         "llmrl_version": __version__,
     }
+
+
+def _vllm_status(base: BaseModel) -> str:
+    if vllm_build() is None:
+        return "not installed"
+    known = base.architecture in vllm_architectures()
+    return "architecture known" if known else f"vLLM has no {base.architecture}: it will not serve this folder"
 
 
 def _save(staging: Path, config: CalibrateConfig, base: BaseModel, head: nn.ModuleDict, report: dict[str, Any]) -> None:
@@ -297,4 +309,4 @@ def _show(report: dict[str, Any], output_dir: Path, say: Any) -> None:
     plot = output_dir / "plots" / "reliability.png"
     say(f"\nselected: {report['selected']} (by {report['selected_by']}); greedy text identical to the base: yes")
     say(f"saved: {output_dir}" + (f"; plot: {plot}" if plot.exists() else "; no plot: pip install matplotlib"))
-    say(f"serve: llmrl serve {output_dir}")
+    say(f"serve: llmrl serve {output_dir} (vLLM: {report['serving']['vllm']})")

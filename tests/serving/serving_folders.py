@@ -109,8 +109,9 @@ def expected(folder, base, prompts):
     """Return what vLLM must say about `folder`: the base's greedy ids, the head's logprobs of prompt and continuation."""
     from transformers import AutoModelForCausalLM
 
-    with_head = AutoModelForCausalLM.from_pretrained(folder).eval()
-    without = AutoModelForCausalLM.from_pretrained(base).eval()
+    # transformers' other attention leaves Gemma 2's soft cap of attention scores out, vLLM does not
+    with_head = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    without = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     continuations = greedy(without, prompts)
     whole = [prompt + new for prompt, new in zip(prompts, continuations, strict=True)]
     return {

@@ -7,8 +7,9 @@ A forked process starts from the imported libraries and nothing else; importing 
 a pair is forked with the variables that torchrun sets, and when one dies the other is ended, as torchrun does.
 
 `kill` and `fail` (an OSError of a full disk) name the place: "after_save:N" once checkpoint N is published, "in_save:N"
-with model and optimizer written and the rest not, "in_rename:N" with everything written and not yet renamed. `slow` lets process 1 arrive a second late there. Beside the
-trainer's own files a run leaves batches-R.jsonl, the rows process R saw step by step, and in the second form log.txt.
+with model and optimizer written and the rest not, "in_rename:N" with everything written and not yet renamed. With
+`slow` process 1 is a second late there. Beside the trainer's own files a run leaves batches-R.jsonl, the rows process R
+saw step by step, and in the second form log.txt.
 """
 
 import gzip
