@@ -79,8 +79,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def explain(error: BaseException) -> str | None:
     """Translate an error of the machine (full disk, out of memory) into a cause and the one thing to change."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" while writing {error.filename}" if error.filename else ""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = ("No space left on device", "Disk quota exceeded", "File too large")
+    # safetensors raises an error type of its own for a failed write, with the system's words in the text
+    if (isinstance(error, OSError) and error.errno in full) or any(text in str(error) for text in words):
+        name = getattr(error, "filename", None)
+        where = f" while writing {name}" if name else ""
         return f"disk full{where}: free some space and run again with --resume_from_checkpoint; finished parts are kept"
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename}: choose another folder or change its owner"
@@ -88,9 +92,6 @@ def explain(error: BaseException) -> str | None:
         return "out of memory (RAM): lower --max_tokens or --batch_size"
     if type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower():
         return "out of memory on the accelerator: lower --batch_size"
-    # safetensors raises its own error type for a failed write, with the system's words in the text
-    if "No space left on device" in str(error):
-        return "disk full: free some space and run again with --resume_from_checkpoint; finished parts are kept"
     return None
 
 

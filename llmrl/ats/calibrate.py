@@ -32,7 +32,7 @@ from llmrl.heads import HeadsConfig
 from llmrl.modeling import save_heads_folder
 from llmrl.training.distributed import barrier, check_processes, is_main_process, join_processes
 from llmrl.training.run import write_model_card, write_run_files
-from llmrl.training.tracking import MetricsLog, progress_bar
+from llmrl.training.tracking import MetricsLog, check_tracker, progress_bar
 from llmrl.vllm_compat import check_versions, vllm_architectures, vllm_build
 
 GREEDY_PROMPTS, GREEDY_TOKENS = 8, 32
@@ -45,6 +45,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         LlmrlError: any refusal; nothing is left in `output_dir` then, finished features stay in `output_dir`.partial.
     """
     check_versions(("torch", "transformers", "safetensors"))
+    check_tracker(config.report_to)
     say = printer(config)
     join_processes()
     check_processes(announce=not config.quiet)
@@ -66,7 +67,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         return {}
     with staging_folder(output_dir) as staging:
         (staging / "plots").mkdir()
-        log = MetricsLog(staging / "metrics.jsonl", config.report_to, output_dir)
+        log = MetricsLog(staging / "metrics.jsonl", config.report_to, staging)
         seeds = _fit_seeds(config, features, windows, base, log, say)
         log.close()
         report = _report(config, base, found, windows, seeds)

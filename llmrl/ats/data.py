@@ -187,7 +187,7 @@ def make_windows(rows: list[Row], tokenizer: Any, max_length: int) -> Windows:
         max_length: longest window in tokens, BOS included.
 
     Raises:
-        DataError: `messages` without a chat template, or more than half of the rows left out.
+        DataError: `messages` without a chat template or refused by it, or more than half of the rows left out.
     """
     result = Windows([], rows=len(rows))
     for index, row in enumerate(rows):
@@ -197,7 +197,11 @@ def make_windows(rows: list[Row], tokenizer: Any, max_length: int) -> Windows:
                     f"{row.where}: 'messages' need a chat template and this tokenizer has none; "
                     "use a chat model, or rows with 'prompt' and 'completion'"
                 )
-            pieces = _encode_messages(row.fields["messages"], tokenizer)
+            try:
+                pieces = _encode_messages(row.fields["messages"], tokenizer)
+            except Exception as error:  # templates refuse orders of roles, or read keys a message lacks
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise DataError(f"{row.where}: the chat template refuses these messages: {first}") from error
         elif "prompt" in row.fields:
             pieces = [_encode_completion(row.fields["prompt"], row.fields["completion"], tokenizer)]
         else:
@@ -266,7 +270,7 @@ def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> list[tup
 
     pieces: list[tuple[list[int], list[bool]]] = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i == 0:  # a first turn has no prompt it could answer
             continue
         prefix, whole = render(i, generation=True), render(i + 1, generation=False)
         if whole[: len(prefix)] != prefix:

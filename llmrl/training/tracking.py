@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -51,15 +52,22 @@ class MetricsLog:
             self._accelerator.end_training()
 
 
-def _start_tracker(name: str, run_dir: Path) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.tracking import filter_trackers
+def check_tracker(name: str) -> None:
+    """Refuse a tracker whose package is not installed, before any work is done.
 
-        if not filter_trackers([name], run_dir):
-            raise ImportError(name)
-        accelerator = Accelerator(log_with=name, project_dir=str(run_dir.with_name(run_dir.name + ".logs")))
-        accelerator.init_trackers("llmrl")
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"--report_to {name} needs the package: pip install {name} accelerate") from error
+    Raises:
+        UsageError: with what to install.
+    """
+    if name == "none":
+        return
+    missing = [package for package in (name, "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f"--report_to {name} needs a package that is not installed: pip install {' '.join(missing)}")
+
+
+def _start_tracker(name: str, run_dir: Path) -> Any:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=name, project_dir=str(run_dir))
+    accelerator.init_trackers("runs")
     return accelerator

@@ -348,10 +348,11 @@ def test_make_windows_messages_the_template_refuses_name_the_row(plain):
 
 def test_make_windows_counts_what_is_left_out_by_reason(plain):
     tokenizer = with_template(plain, REWRITING)
+    thoughtful = {"role": "assistant", "content": "<think>hm</think>Paris"}
     long_turn = {"role": "assistant", "content": LONG}
     rows = [row(prompt="What is", completion=" the cat") for _ in range(4)]
     rows += [row(prompt="What is", completion=LONG), row(prompt="What is", completion="")]
-    rows += [row(messages=[QUESTION]), row(messages=[QUESTION, ANSWER, QUESTION, long_turn])]
+    rows += [row(messages=[QUESTION]), row(messages=[QUESTION, thoughtful, QUESTION, long_turn])]
     found = make_windows(rows, tokenizer, 60)
     assert found.rows == 8
     assert found.excluded == {"too_long": 1, "no_scored_tokens": 2, "part_of_row_too_long": 1}
