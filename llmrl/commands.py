@@ -45,7 +45,9 @@ def run_calibrate(argv: list[str], prog: str = "llmrl calibrate") -> int:
 
 def _quiet_libraries(quiet: bool) -> None:
     import logging as standard_logging
+    import os
 
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries below load
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
-from llmrl.errors import EXIT_ERROR, LlmrlError, UsageError, VersionError
+from llmrl.errors import EXIT_ERROR, LlmrlError, ModelError, UsageError, VersionError
 from llmrl.heads import check_same_base
 from llmrl.serving.plugin import MARKER_VARIABLE
 from llmrl.vllm_compat import check_versions, vllm_build, why_no_vllm
@@ -91,6 +91,8 @@ def check_folder(folder: Path) -> None:
     spec = read_heads_config(folder)
     base = folder if spec.merged else Path(spec.base.model)
     if base.is_absolute() or spec.merged:
+        if not base.exists():
+            raise ModelError(f"the base model of {folder} is not at {base}: put it there, or calibrate with --merge")
         check_model_folder(base)
     found = reference_for(str(base), local_folder(base, revision=spec.base.revision), load_tokenizer(folder))
     check_same_base(found, spec.base, folder)
@@ -117,7 +119,10 @@ def _run(command: list[str]) -> int:
         print("llmrl: " + " ".join(command[1:]), file=sys.stderr, flush=True)
         server = subprocess.Popen(command, env=environment)
 
+        stopped_by: list[int] = []
+
         def forward(number: int, frame: FrameType | None) -> None:
+            stopped_by.append(number)
             server.send_signal(number)
 
         previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -126,6 +131,8 @@ def _run(command: list[str]) -> int:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        if stopped_by:  # a stop during the start is no failure of the plugin
+            return 128 + stopped_by[0] if code else code
         if code != 0 and not marker.exists():
             raise PluginError(
                 f"vLLM ended (exit code {code}) without having loaded llmrl's plugin; its log above says why\n"

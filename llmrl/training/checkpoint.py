@@ -17,19 +17,17 @@ from __future__ import annotations
 import functools
 import json
 import os
-import random
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmrl.errors import CheckpointError, ConfigError, VersionError
 from llmrl.files import publish_folder, write_json
+from llmrl.training.random_state import random_state, set_random_state
 from llmrl.training.resume import (
     compare_runs,
     latest_checkpoint,
@@ -189,7 +187,7 @@ class SafeCheckpoints(Trainer):
         loop = {name: getattr(self, name) for name in _LOOP_NUMBERS}
         loop["_tr_loss"] = self._tr_loss
         loop["attributes"] = {n: getattr(self, n) for n in self.checkpoint_attributes if hasattr(self, n)}
-        save_state(output_dir, f"rank_{self.args.process_index}", {"rng": _rng_state(self.args.n_gpu), "loop": loop})
+        save_state(output_dir, f"rank_{self.args.process_index}", {"rng": random_state(self.args.n_gpu), "loop": loop})
 
     # --- loading ---
 
@@ -213,7 +211,7 @@ class SafeCheckpoints(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            _set_rng_state(load_state(checkpoint, f"rank_{self.args.process_index}")["rng"])
+            set_random_state(load_state(checkpoint, f"rank_{self.args.process_index}")["rng"])
 
     def _restore_loop(self, checkpoint: str) -> None:
         loop = load_state(checkpoint, f"rank_{self.args.process_index}")["loop"]
@@ -277,32 +275,6 @@ def safe(trainer_class: type[Trainer]) -> type[Trainer]:
         return trainer_class
     bases = (SafeCheckpoints,) if trainer_class is Trainer else (SafeCheckpoints, trainer_class)
     return type(trainer_class.__name__, bases, {"__doc__": trainer_class.__doc__, "__module__": __name__})
-
-
-def _rng_state(n_gpu: int) -> dict[str, Any]:
-    python_version, python_words, python_gauss = random.getstate()
-    kind, numpy_words, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": (python_version, torch.tensor(python_words, dtype=torch.int64), python_gauss),
-        "numpy": (kind, torch.from_numpy(np.asarray(numpy_words).astype(np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all() if n_gpu > 1 else [torch.cuda.get_rng_state()]
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    python_version, python_words, python_gauss = state["python"]
-    random.setstate((python_version, tuple(python_words.tolist()), python_gauss))
-    kind, numpy_words, *rest = state["numpy"]
-    np.random.set_state((kind, numpy_words.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        if len(state["cuda"]) == 1:
-            torch.cuda.set_rng_state(state["cuda"][0])
-        else:
-            torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _like(old: Any, new: Any) -> Any:

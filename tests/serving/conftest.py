@@ -1,38 +1,16 @@
 """vLLM for tests: one process for everything in process, and servers that are stopped whatever happens."""
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from serving_folders import NEW_TOKENS, ROOT, STORIES, heads_folder, prompt_ids, random_model
+from http_server import Server
+from serving_folders import ENVIRONMENT, NEW_TOKENS, PARITY, ROOT, STORIES, heads_folder, prompt_ids, random_model
 
 from llmrl.vllm_compat import vllm_build, why_no_vllm
-
-# no compilation of the logprob counter, no other plugins, no telemetry; few threads, as the suite shares its cores
-ENVIRONMENT = {
-    **os.environ,
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_PLUGINS": "llmrl",
-    "HF_HUB_OFFLINE": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
-SCALAR, LINEAR = {"architecture": "scalar"}, {"architecture": "linear"}
-BESIDE, MERGED = {"merged": False}, {"merged": True}
-# every architecture, and every combination of head, merged or not, and one file or several
-PARITY = {
-    "llama": ("LlamaForCausalLM", False, LINEAR | BESIDE),
-    "llama-sharded-merged": ("LlamaForCausalLM", True, LINEAR | MERGED),
-    "qwen2-merged": ("Qwen2ForCausalLM", False, SCALAR | MERGED),
-    "qwen3-sharded": ("Qwen3ForCausalLM", True, SCALAR | BESIDE),
-    "mistral-sharded-merged": ("MistralForCausalLM", True, SCALAR | MERGED),
-    "gemma2-merged": ("Gemma2ForCausalLM", False, LINEAR | MERGED),
-    "gemma3": ("Gemma3ForCausalLM", False, SCALAR | BESIDE),
-}
 
 
 def pytest_runtest_setup(item):
@@ -102,5 +80,22 @@ def in_process(tmp_path_factory, prompts, served, other_head, reward_folder, par
     )
     assert answer.exists(), done.stdout[-2000:] + done.stderr[-4000:]
     answers = json.loads(answer.read_text())
-    lost = {name: {"error": f"the process ended with {done.returncode}", "traceback": done.stderr[-4000:]} for name in tasks}
+    lost = {
+        name: {"error": f"the process ended with {done.returncode}", "traceback": done.stderr[-4000:]} for name in tasks
+    }
     return lost | answers
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory, served, other_head):
+    """Three servers that start side by side: a start is mostly imports, on one core. Stopped whatever happens."""
+    logs = tmp_path_factory.mktemp("servers")
+    llmrl_serve = [sys.executable, "-m", "llmrl.cli", "serve"]
+    vllm_serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]  # what the script `vllm` runs
+    commands = {
+        "llmrl": [*llmrl_serve, str(served)],
+        "llmrl-other": [*llmrl_serve, str(other_head)],
+        "vllm": [*vllm_serve, str(served), "--dtype=float32", "--host=127.0.0.1"],
+    }
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(Server(c, logs / name, ENVIRONMENT)) for name, c in commands.items()}

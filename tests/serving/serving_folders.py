@@ -1,5 +1,6 @@
 """Small models, llmrl folders on them with heads of clearly non-zero weights, and what transformers says about both."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,29 @@ STORIES = ROOT / "examples" / "stories260k"
 PROMPTS = ["Once upon a time", "The little dog ran to the park and saw a big red ball. He was very happy", "1"]
 NEW_TOKENS = 16
 HIDDEN = 64
+
+# no compilation of the logprob counter, no other plugins, no telemetry; few threads, as the suite shares its cores
+ENVIRONMENT = {
+    **os.environ,
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "llmrl",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+SCALAR, LINEAR = {"architecture": "scalar"}, {"architecture": "linear"}
+BESIDE, MERGED = {"merged": False}, {"merged": True}
+# every architecture, and every combination of head, merged or not, and one file or several
+PARITY = {
+    "llama": ("LlamaForCausalLM", False, LINEAR | BESIDE),
+    "llama-sharded-merged": ("LlamaForCausalLM", True, LINEAR | MERGED),
+    "qwen2-merged": ("Qwen2ForCausalLM", False, SCALAR | MERGED),
+    "qwen3-sharded": ("Qwen3ForCausalLM", True, SCALAR | BESIDE),
+    "mistral-sharded-merged": ("MistralForCausalLM", True, SCALAR | MERGED),
+    "gemma2-merged": ("Gemma2ForCausalLM", False, LINEAR | MERGED),
+    "gemma3": ("Gemma3ForCausalLM", False, SCALAR | BESIDE),
+}
 
 
 def prompt_ids():

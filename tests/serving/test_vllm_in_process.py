@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import PARITY
-from serving_folders import NEW_TOKENS, STORIES, assert_agrees, expected, largest_difference, token_logprobs
+from serving_folders import NEW_TOKENS, PARITY, STORIES, assert_agrees, expected, largest_difference, token_logprobs
 
 pytestmark = pytest.mark.vllm
 

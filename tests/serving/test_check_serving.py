@@ -1,0 +1,57 @@
+"""The check behind --check_serving: it passes on a good folder, and fails when vLLM reads another head."""
+
+import shutil
+
+import pytest
+
+from llmrl.errors import HeadMismatchError, ModelError
+from llmrl.serving import check
+
+pytestmark = pytest.mark.vllm
+
+
+def test_check_serving_agrees(served):
+    result = check.check_serving(str(served))
+    assert result.max_logprob_difference < 1e-3
+    assert result.tokens > 50
+    assert result.greedy_identical
+    assert result.dtype == "float32"
+    assert "greedy text the same" in result.sentence()
+
+
+def test_check_serving_fails_when_vllm_reads_another_head(served, other_head, tmp_path, monkeypatch):
+    folder = shutil.copytree(served, tmp_path / "folder")
+    real = check._transformers_side
+
+    def then_alter(path):
+        reference = real(path)
+        shutil.copyfile(other_head / "llmrl_heads.safetensors", folder / "llmrl_heads.safetensors")
+        return reference
+
+    monkeypatch.setattr(check, "_transformers_side", then_alter)
+    with pytest.raises(ModelError, match="vLLM and transformers disagree"):
+        check.check_serving(str(folder))
+
+
+def test_check_serving_refuses_a_number_that_is_none(monkeypatch, served):
+    """A NaN difference is a failure: comparisons with NaN are all false."""
+    monkeypatch.setattr(check, "_transformers_side", lambda folder: {"prompts": [[1, 2]], "dtype": "float32"})
+    monkeypatch.setattr(check.subprocess, "call", lambda command, **kwargs: check.write_json(command[-1], {}) or 0)
+    nan = check.ServingCheck(float("nan"), 1, True, "float32")
+    monkeypatch.setattr(check, "_compare", lambda reference, found: nan)
+    with pytest.raises(ModelError, match="disagree"):
+        check.check_serving(str(served))
+
+
+def test_check_serving_says_why_vllm_does_not_load(served, tmp_path, monkeypatch):
+    folder = shutil.copytree(served, tmp_path / "folder")
+    monkeypatch.setattr(check, "_transformers_side", lambda folder: {"prompts": [[1] * 4096], "dtype": "float32"})
+    with pytest.raises(ModelError, match=r"vLLM does not load .*max_model_len"):
+        check.check_serving(str(folder))
+
+
+def test_check_serving_refuses_a_changed_folder(served, tmp_path):
+    folder = shutil.copytree(served, tmp_path / "folder")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(HeadMismatchError, match="the chat template"):
+        check.check_serving(str(folder))

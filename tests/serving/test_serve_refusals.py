@@ -1,0 +1,209 @@
+"""What `llmrl serve` refuses before vLLM starts, and what it says when the plugin was not loaded."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import pytest
+from http_server import alive, descendants
+from serving_folders import ENVIRONMENT, LINEAR, ROOT, STORIES, heads_folder
+
+from llmrl.cli import main
+from llmrl.serving import launch, plugin
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def no_vllm_start(monkeypatch):
+    """A refusal that comes too late ends here."""
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *a, **k: pytest.fail("vLLM was started"))
+    monkeypatch.setenv("VLLM_PLUGINS", "llmrl")
+
+
+def refusal(argv, capsys):
+    code = main(["serve", *map(str, argv)])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("llmrl: ")
+    assert len(captured.err.splitlines()) <= 3
+    assert "Traceback" not in captured.err
+    return code, captured.err
+
+
+@pytest.fixture
+def base(tmp_path):
+    return shutil.copytree(STORIES, tmp_path / "base")
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    return heads_folder(base, tmp_path / "calibrated", **LINEAR)
+
+
+def test_serve_refuses_missing_folder(no_vllm_start, tmp_path, capsys):
+    code, text = refusal([tmp_path / "nowhere"], capsys)
+    assert code == 2
+    assert f"not found: {tmp_path / 'nowhere'}" in text
+
+
+def test_serve_refuses_option_in_place_of_folder(no_vllm_start, capsys):
+    code, text = refusal(["--port", "1"], capsys)
+    assert code == 2
+    assert "expected the folder first, got '--port'" in text
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_serve_refuses_folder_without_heads(no_vllm_start, empty, base, capsys):
+    if empty:
+        for file in base.iterdir():
+            file.unlink()
+    code, text = refusal([base], capsys)
+    assert code == 1
+    assert ("has no config.json" if empty else "carries no llmrl heads") in text
+
+
+def test_serve_refuses_base_moved_away(no_vllm_start, base, folder, capsys):
+    base.rename(base.with_name("elsewhere"))
+    code, text = refusal([folder], capsys)
+    assert code == 1
+    assert f"is not at {base}" in text
+    assert "--merge" in text
+
+
+def test_serve_refuses_changed_base_weights(no_vllm_start, base, folder, capsys):
+    change_weights(base)
+    code, text = refusal([folder], capsys)
+    assert code == 1
+    assert "fitted on another base: the base model's weights of" in text
+
+
+@pytest.mark.parametrize("what", ["the tokenizer", "the chat template"])
+def test_serve_refuses_changed_tokenizer(no_vllm_start, what, folder, capsys):
+    if what == "the tokenizer":
+        change_tokenizer(folder)
+    else:
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+    code, text = refusal([folder], capsys)
+    assert code == 1
+    assert f"fitted on another base: {what} of" in text
+
+
+def test_serve_refuses_plugin_left_out(no_vllm_start, monkeypatch, served, capsys):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    code, text = refusal([served], capsys)
+    assert code == 1
+    assert "VLLM_PLUGINS=other leaves out llmrl's plugin" in text
+    assert "VLLM_PLUGINS=other,llmrl" in text
+
+
+def test_serve_refuses_without_entry_point(no_vllm_start, monkeypatch, served, capsys):
+    real = metadata.entry_points
+
+    def without_ours(**params):
+        return [entry for entry in real(**params) if not entry.value.startswith("llmrl")]
+
+    monkeypatch.setattr(launch.metadata, "entry_points", without_ours)
+    code, text = refusal([served], capsys)
+    assert code == 1
+    assert "plugin is not installed" in text
+    assert "pip install llmrl" in text
+
+
+def test_serve_says_when_the_plugin_did_not_load(served, tmp_path):
+    """A plugin that raises is only logged by vLLM; the real vLLM then ends on an unknown architecture."""
+    # what breaks it for vLLM leaves `llmrl serve` itself alone
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if '{plugin.MARKER_VARIABLE}' in os.environ:\n"
+        "    sys.modules['llmrl.serving.plugin'] = None\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "llmrl.cli", "serve", str(served), "--port=1", "--enforce-eager"],
+        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-2:]
+    assert "without having loaded llmrl's plugin" in last[0], done.stderr[-3000:]
+    assert "llmrl doctor" in last[1]
+
+
+def test_serve_stopped_while_starting_is_no_plugin_failure(served, tmp_path):
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmrl.cli", "serve", str(served), "--port=1"],
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + 120
+        while not (children := descendants(process.pid)):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 128 + signal.SIGINT
+        assert "plugin" not in log.read_text()
+        assert not any(alive(pid) for pid in children)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_register_is_idempotent_and_light(tmp_path):
+    code = (
+        "import sys\n"
+        "import llmrl.serving.plugin as plugin\n"
+        "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))\n"
+        "from vllm import ModelRegistry\n"
+        "before = set(sys.modules)\n"
+        "for _ in range(3):\n"
+        "    plugin.register()\n"
+        "loaded = set(sys.modules) - before\n"
+        "print([m for m in loaded if m.startswith('vllm.model_executor.models.')])\n"
+        "print('llmrl.serving.models' in sys.modules)\n"
+        "names = [n for n in ModelRegistry.get_supported_archs() if n.startswith('Llmrl')]\n"
+        "print(len(names) == len(set(names)), [n for n in names if n.startswith('LlmrlLlmrl')])\n"
+        "print({'LlmrlLlamaForCausalLM', 'LlmrlLlamaForSequenceClassification', 'LlmrlGPT2LMHeadModel'} <= set(names))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT | {plugin.MARKER_VARIABLE: str(tmp_path / "marker")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
+    assert done.stdout.splitlines()[-5:] == ["[]", "[]", "False", "True []", "True"], done.stdout + done.stderr[-2000:]
+    assert (tmp_path / "marker").exists()
+
+
+def change_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[name][0, 0] += 0.01
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def change_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    vocabulary = fields["model"]["vocab"]
+    first, second = [token for token in vocabulary if token.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(fields))
