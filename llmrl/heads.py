@@ -102,7 +102,7 @@ class HeadsConfig:
         """Read what `to_json` wrote.
 
         Raises:
-            ModelError: another format version, or a key that this version does not know.
+            ModelError: another format version, a key that this version does not know, or a missing or broken part.
         """
         if not isinstance(value, Mapping) or value.get("format") != FORMAT_VERSION:
             found = value.get("format") if isinstance(value, Mapping) else value
@@ -112,9 +112,12 @@ class HeadsConfig:
             if key not in known:
                 raise ModelError(f"unknown key '{key}' in the head configuration{did_you_mean(key, known)}")
         fields = dict(value)
-        fields["heads"] = {name: HeadSpec(**spec) for name, spec in value["heads"].items()}
-        fields["base"] = BaseReference(**value["base"])
-        return cls(**fields)
+        try:
+            fields["heads"] = {name: HeadSpec(**spec) for name, spec in value["heads"].items()}
+            fields["base"] = BaseReference(**value["base"])
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"the head configuration is damaged ({error}): save the folder again") from error
 
 
 class TemperatureHead(nn.Module):

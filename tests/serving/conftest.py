@@ -51,39 +51,53 @@ def parity_folders(tmp_path_factory):
     return folders
 
 
-@pytest.fixture(scope="session")
-def in_process(tmp_path_factory, prompts, served, other_head, reward_folder, parity_folders):
-    """Answers of in_process.py by task: {"answer": ...} or {"error": ..., "traceback": ...}."""
-    common = {"prompts": prompts, "new_tokens": NEW_TOKENS}
-    tasks = {name: {"kind": "parity", "folder": str(f), **common} for name, (f, _) in parity_folders.items()}
+@pytest.fixture(scope="session", autouse=True)
+def in_process_started(request, tmp_path_factory):
+    """Start in_process.py before the first test that runs beside it; two cores do the work of two processes."""
+    wanted = any("in_process" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    if not wanted or vllm_build() is None:
+        yield None
+        return
+    get = request.getfixturevalue
+    common = {"prompts": get("prompts"), "new_tokens": NEW_TOKENS}
+    tasks = {name: {"kind": "parity", "folder": str(f), **common} for name, (f, _) in get("parity_folders").items()}
     tasks["classes"] = {"kind": "classes", "architectures": sorted({a for a, _, _ in PARITY.values()})}
-    tasks["reward"] = {"kind": "reward", "folder": str(reward_folder), "prompts": prompts}
+    tasks["reward"] = {"kind": "reward", "folder": str(get("reward_folder")), "prompts": get("prompts")}
     tasks["reload"] = {
         "kind": "reload",
-        "folder": str(served),
+        "folder": str(get("served")),
         "base": str(STORIES),
-        "new_head": str(other_head / "llmrl_heads.safetensors"),
+        "new_head": str(get("other_head") / "llmrl_heads.safetensors"),
         **common,
     }
     # last: what vLLM imports for it makes the start of a further engine in the same process fail
-    tasks["speculative"] = {"kind": "speculative", "folder": str(served)}
+    tasks["speculative"] = {"kind": "speculative", "folder": str(get("served"))}
     scratch = tmp_path_factory.mktemp("in_process")
-    task, answer = scratch / "tasks.json", scratch / "answers.json"
-    task.write_text(json.dumps(tasks))
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("in_process.py")), str(task), str(answer)],
-        env=ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert answer.exists(), done.stdout[-2000:] + done.stderr[-4000:]
-    answers = json.loads(answer.read_text())
-    lost = {
-        name: {"error": f"the process ended with {done.returncode}", "traceback": done.stderr[-4000:]} for name in tasks
-    }
-    return lost | answers
+    (scratch / "tasks.json").write_text(json.dumps(tasks))
+    script = Path(__file__).with_name("in_process.py")
+    with (scratch / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(scratch / "tasks.json"), str(scratch / "answers.json")],
+            env=ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    yield process, scratch, list(tasks)
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def in_process(in_process_started):
+    """Answers of in_process.py by task: {"answer": ...} or {"error": ..., "traceback": ...}."""
+    process, scratch, tasks = in_process_started
+    code = process.wait(timeout=400)
+    log = (scratch / "log").read_text(errors="replace")[-4000:]
+    answers = scratch / "answers.json"
+    lost = {name: {"error": f"the process ended with {code}", "traceback": log} for name in tasks}
+    return lost | (json.loads(answers.read_text()) if answers.exists() else {})
 
 
 @pytest.fixture(scope="session")

@@ -33,21 +33,40 @@ def test_check_serving_fails_when_vllm_reads_another_head(served, other_head, tm
         check.check_serving(str(folder))
 
 
-def test_check_serving_refuses_a_number_that_is_none(monkeypatch, served):
-    """A NaN difference is a failure: comparisons with NaN are all false."""
-    monkeypatch.setattr(check, "_transformers_side", lambda folder: {"prompts": [[1, 2]], "dtype": "float32"})
-    monkeypatch.setattr(check.subprocess, "call", lambda command, **kwargs: check.write_json(command[-1], {}) or 0)
-    nan = check.ServingCheck(float("nan"), 1, True, "float32")
-    monkeypatch.setattr(check, "_compare", lambda reference, found: nan)
+@pytest.fixture
+def answers(monkeypatch):
+    """`answers(text, code, difference)`: what vLLM's process printed and returned, and the difference that was found."""
+
+    def pretend(text="", code=0, difference=0.0):
+        def call(command, *, stdout, **kwargs):
+            stdout.write(text)
+            stdout.flush()
+            check.write_json(command[-1], {})
+            return code
+
+        result = check.ServingCheck(difference, 1, True, "float32")
+        monkeypatch.setattr(check, "_transformers_side", lambda folder: {"prompts": [[1, 2]], "dtype": "float32"})
+        monkeypatch.setattr(check.subprocess, "call", call)
+        monkeypatch.setattr(check, "_compare", lambda reference, found: result)
+
+    return pretend
+
+
+def test_check_serving_tolerates_rounding_and_no_more(served, answers):
+    answers(difference=9e-4)
+    check.check_serving(str(served))
+    answers(difference=2e-3)
+    with pytest.raises(ModelError, match="disagree"):
+        check.check_serving(str(served))
+    answers(difference=float("nan"))  # every comparison with it is false
     with pytest.raises(ModelError, match="disagree"):
         check.check_serving(str(served))
 
 
-def test_check_serving_says_why_vllm_does_not_load(served, tmp_path, monkeypatch):
-    folder = shutil.copytree(served, tmp_path / "folder")
-    monkeypatch.setattr(check, "_transformers_side", lambda folder: {"prompts": [[1] * 4096], "dtype": "float32"})
-    with pytest.raises(ModelError, match=r"vLLM does not load .*max_model_len"):
-        check.check_serving(str(folder))
+def test_check_serving_says_why_vllm_does_not_load(served, answers):
+    answers(text="a line\nValueError: no head of size 8\na last line\n", code=1)
+    with pytest.raises(ModelError, match="vLLM does not load .*: ValueError: no head of size 8"):
+        check.check_serving(str(served))
 
 
 def test_check_serving_refuses_a_changed_folder(served, tmp_path):

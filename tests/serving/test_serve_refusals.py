@@ -115,25 +115,16 @@ def test_serve_refuses_without_entry_point(no_vllm_start, monkeypatch, served, c
     assert "pip install llmrl" in text
 
 
-def test_serve_says_when_the_plugin_did_not_load(served, tmp_path):
+def test_serve_says_when_the_plugin_did_not_load(served, tmp_path, monkeypatch, capfd):
     """A plugin that raises is only logged by vLLM; the real vLLM then ends on an unknown architecture."""
-    # what breaks it for vLLM leaves `llmrl serve` itself alone
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        f"if '{plugin.MARKER_VARIABLE}' in os.environ:\n"
-        "    sys.modules['llmrl.serving.plugin'] = None\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "llmrl.cli", "serve", str(served), "--port=1", "--enforce-eager"],
-        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-    )
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-2:]
-    assert "without having loaded llmrl's plugin" in last[0], done.stderr[-3000:]
+    # breaks the plugin in the processes that vLLM starts, not in this one
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['llmrl.serving.plugin'] = None\n")
+    for name, value in {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["serve", str(served), "--port=1", "--enforce-eager"]) == 1
+    text = capfd.readouterr().err
+    last = text.strip().splitlines()[-2:]
+    assert "without having loaded llmrl's plugin" in last[0], text[-3000:]
     assert "llmrl doctor" in last[1]
 
 
