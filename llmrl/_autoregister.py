@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_TARGET = "transformers.models.auto.modeling_auto"
+_TARGET = "transformers.models.auto.configuration_auto"  # every auto class imports it
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
@@ -23,13 +23,19 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
         if name != _TARGET:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
+            # only now: a program may look for the module without importing it
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             _register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -193,7 +193,7 @@ def _convert_yaml(value: Any, hint: Any, where: str) -> Any:
         raise ConfigError(f"{where} must be {_NAMES[kind]}, got null")
     if is_list:
         parts = value if isinstance(value, list) else str(value).split(",")
-        return [_scalar(str(part).strip(), kind, where) for part in parts]
+        return [_scalar(str(part).strip(), kind, where) for part in parts if str(part).strip()]
     if isinstance(value, list):
         raise ConfigError(f"{where} must be {_NAMES[kind]}, got a list")
     right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))

@@ -91,35 +91,46 @@ def publish_folder(staging: Path, path: Path, *, keep_foreign: bool = False) -> 
     """
     old = None
     if path.exists():
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
-        foreign = keep_foreign and not (path / "config.resolved.yaml").is_file()
-        os.rename(path, old / path.name)
-        if foreign:
-            for entry in (old / path.name).iterdir():
-                if not (staging / entry.name).exists():
-                    os.rename(entry, staging / entry.name)
-    os.rename(staging, path)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-")) / path.name
+    try:
+        if old is not None:
+            os.rename(path, old)
+        os.rename(staging, path)
+    except BaseException:
+        if old is not None:
+            if old.exists():
+                os.rename(old, path)
+            old.parent.rmdir()
+        raise
+    if old is None:
+        return
+    # after the new folder is in place: what belongs to somebody else never lies in a folder that a failure removes
+    if keep_foreign and not (old / "config.resolved.yaml").is_file():
+        for entry in old.iterdir():
+            if not (path / entry.name).exists():
+                os.rename(entry, path / entry.name)
+    shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def check_output_dir(path: Path | str, *, overwrite: bool, resume: bool = False) -> Path:
     """Refuse an output folder that holds something, unless the caller said what to do with it.
 
     Raises:
-        OutputError: `path` is a file, or a folder that is not empty and neither `overwrite` nor `resume` was given.
+        OutputError: `path` is a file or lies in one, or a folder that is not empty and neither `overwrite` nor `resume`
+            was given.
     """
     path = Path(path).expanduser()
-    if path.is_file():
-        raise OutputError(f"--output_dir {path} is a file; name a folder")
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        lies_in = "" if parent == path else f" lies in {parent}, which"
+        raise OutputError(f"--output_dir {path}{lies_in} is a file; name a folder")
     if path.is_dir() and any(path.iterdir()) and not (overwrite or resume):
         raise OutputError(
             f"--output_dir {path} is not empty; --overwrite replaces what is in it, "
             "--resume_from_checkpoint goes on with a run that was cut off"
         )
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write to {parent}: choose another --output_dir")
     return path

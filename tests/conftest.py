@@ -73,7 +73,9 @@ def tiny_model(tmp_path_factory, stories_tokenizer):
             family, particular = _ARCHITECTURES[name]
             fields = {**_SMALL, **particular}
             if family == "GPT2":
-                fields = {key: value for key, value in fields.items() if not key.startswith(("num_", "hidden", "inter"))}
+                fields = {
+                    key: value for key, value in fields.items() if not key.startswith(("num_", "hidden", "inter"))
+                }
             torch.manual_seed(0)
             suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
             model = getattr(transformers, family + suffix)(getattr(transformers, family + "Config")(**fields))

@@ -227,7 +227,7 @@ def test_load_head_tensors_ignores_the_tensors_of_the_base():
 
 
 def test_read_tensors_missing_and_damaged(tmp_path):
-    with pytest.raises(ModelError, match="not found: .*lost its head"):
+    with pytest.raises(ModelError, match=r"not found: .*lost its head"):
         read_tensors(tmp_path / HEADS_FILE)
     (tmp_path / HEADS_FILE).write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with pytest.raises(ModelError, match=r"is damaged \(.*\): save it again"):

@@ -11,7 +11,10 @@ def windows(count=140):
     from llmrl.ats.data import Window
 
     ids = torch.randint(3, 512, (count, 12), generator=torch.Generator().manual_seed(5)).tolist()
-    return [Window([1, *row[: 3 + i % 9]], [False] + [True] * (3 + i % 9), i, "w.txt", f"w.txt:{i}") for i, row in enumerate(ids)]
+    return [
+        Window([1, *row[: 3 + i % 9]], [False] + [True] * (3 + i % 9), i, "w.txt", f"w.txt:{i}")
+        for i, row in enumerate(ids)
+    ]
 
 
 def features(model_dir, cache_dir):

@@ -9,7 +9,9 @@ from llmrl.ats.data import Row, make_windows, read_rows
 from llmrl.errors import DataError, UsageError
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|bos|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-SENTENCES = ["The cat sat on the mat. What is the capital of France? Paris is the capital. <think>hm</think> user assistant"]
+SENTENCES = [
+    "The cat sat on the mat. What is the capital of France? Paris is the capital. <think>hm</think> user assistant"
+]
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -44,7 +46,9 @@ def plain():
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(SENTENCES * 4, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        SENTENCES * 4, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|bos|>")
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
     return tokenizer
@@ -219,7 +223,7 @@ LONG = "The cat sat on the mat. What is the capital of France? " * 20
 def test_make_windows_text_covers_every_token_once_with_bos(max_length, stories_tokenizer):
     found = make_windows([row(text=LONG)], stories_tokenizer, max_length)
     ids = stories_tokenizer(LONG, add_special_tokens=False)["input_ids"]
-    assert sum([w.token_ids[1:] for w in found.windows], []) == ids
+    assert [i for w in found.windows for i in w.token_ids[1:]] == ids
     assert found.tokens == len(ids)
     for w in found.windows:
         assert len(w.token_ids) <= max_length
@@ -233,7 +237,7 @@ def test_make_windows_text_covers_every_token_once_without_bos(max_length, plain
     found = make_windows([row(text=LONG)], plain, max_length)
     ids = plain(LONG)["input_ids"]
     assert plain.bos_token_id not in ids
-    covered = sum([w.token_ids for w in found.windows], [])
+    covered = [i for w in found.windows for i in w.token_ids]
     # a last window of one token has nothing to be predicted from
     assert covered == ids[: len(covered)]
     assert len(ids) - len(covered) in (0, 1)

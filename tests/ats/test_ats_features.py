@@ -48,7 +48,7 @@ def random_windows(count=12, seed=0, longest=40):
     for i in range(count):
         length = int(torch.randint(2, longest, (1,), generator=generator))
         ids = torch.randint(3, 500, (length,), generator=generator).tolist()
-        scored = [False, True] + (torch.rand(length - 2, generator=generator) < 0.7).tolist()
+        scored = [False, True, *(torch.rand(length - 2, generator=generator) < 0.7).tolist()]
         found.append(Window(ids, scored, i, "w.txt", f"w.txt:{i + 1}"))
     return found
 
@@ -84,7 +84,9 @@ def assert_features_are_the_models(model, windows, found, tolerance):
     assert found.window.equal(index)
     assert found.hidden.dtype == model.dtype
     torch.testing.assert_close(found.hidden, hidden, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(found.gap.double(), top - z.gather(1, target[:, None])[:, 0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        found.gap.double(), top - z.gather(1, target[:, None])[:, 0], rtol=tolerance, atol=tolerance
+    )
     sure = top - z.topk(2).values[:, 1] > 10 * tolerance
     assert sure.double().mean() > 0.5
     assert found.correct[sure].equal((argmax == target)[sure])
@@ -231,8 +233,16 @@ def test_extract_features_refuses_shards_of_another_run(llama, tmp_path):
     windows = random_windows(count=3)
     extract(llama, windows, tmp_path)
     other_ids = [Window([9, *windows[0].token_ids[1:]], windows[0].scored, 0, "w.txt", "w.txt:1"), *windows[1:]]
-    other_mask = [Window(windows[0].token_ids, [False, True] + [False] * (len(windows[0].scored) - 2), 0, "", ""), *windows[1:]]
-    for changed in ({"windows": other_ids}, {"windows": other_mask}, {"windows": windows[:2]}, {"fingerprint": "other"}):
+    other_mask = [
+        Window(windows[0].token_ids, [False, True] + [False] * (len(windows[0].scored) - 2), 0, "", ""),
+        *windows[1:],
+    ]
+    for changed in (
+        {"windows": other_ids},
+        {"windows": other_mask},
+        {"windows": windows[:2]},
+        {"fingerprint": "other"},
+    ):
         arguments = {"windows": windows, "fingerprint": "base", **changed}
         with pytest.raises(OutputError, match=r"unfinished run of another model.*\n--overwrite discards it"):
             extract(llama, arguments["windows"], tmp_path, fingerprint=arguments["fingerprint"])

@@ -158,7 +158,10 @@ def test_fit_linear_keeps_the_scalar_when_every_epoch_is_worse(make_world):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fit_linear_gives_a_constant_feature_no_weight(dtype, make_world):
     def with_constant(world):
-        return replace(world.features, hidden=torch.cat([world.features.hidden, torch.full((len(world.logits), 1), 0.1)], 1).to(dtype))
+        return replace(
+            world.features,
+            hidden=torch.cat([world.features.hidden, torch.full((len(world.logits), 1), 0.1)], 1).to(dtype),
+        )
 
     fit, validation = make_world(heterogeneous, tokens=2048, seed=1), make_world(heterogeneous, tokens=1024, seed=2)
     head = fit_linear(with_constant(fit), with_constant(validation), loss="nll", seed=0)
@@ -235,8 +238,12 @@ def test_fit_and_score_scores_are_those_of_full_logits_on_the_test_windows(resul
         probabilities = (z * scale.exp()[:, None]).softmax(-1)
         confidence, guess = probabilities.max(-1)
         score = found.methods[name]
-        assert score["nll"]["value"] == pytest.approx(-probabilities.gather(1, y[:, None]).log().mean().item(), abs=1e-5)
-        assert score["brier"]["value"] == pytest.approx(((confidence - (guess == y).double()) ** 2).mean().item(), abs=1e-5)
+        assert score["nll"]["value"] == pytest.approx(
+            -probabilities.gather(1, y[:, None]).log().mean().item(), abs=1e-5
+        )
+        assert score["brier"]["value"] == pytest.approx(
+            ((confidence - (guess == y).double()) ** 2).mean().item(), abs=1e-5
+        )
         assert score["accuracy"]["value"] == pytest.approx((guess == y).double().mean().item())
 
 

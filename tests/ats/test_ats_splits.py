@@ -20,7 +20,7 @@ def parts(split):
 def test_split_windows_every_window_is_in_one_part():
     windows = one_a_row(500)
     found = parts(split_windows(windows, seed=0))
-    assert sorted(sum(found, [])) == list(range(500))
+    assert sorted(i for part in found for i in part) == list(range(500))
     assert all(part == sorted(part) for part in found)
 
 

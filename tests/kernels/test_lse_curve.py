@@ -127,7 +127,9 @@ def model_logits(stories_dir, stories_tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(stories_dir)
-    ids = stories_tokenizer("Once upon a time, there was a little girl named Lily. " * 12, return_tensors="pt").input_ids
+    ids = stories_tokenizer(
+        "Once upon a time, there was a little girl named Lily. " * 12, return_tensors="pt"
+    ).input_ids
     with torch.inference_mode():
         return model(ids).logits[0].float().clone()
 
@@ -160,7 +162,9 @@ def test_lse_interpolate_takes_one_scale_a_row(model_logits):
     logits = model_logits[:40]
     values, slopes = lse_curve(logits, KNOTS)
     log_scale = torch.linspace(MIN_LOG_SCALE, MAX_LOG_SCALE, 40)
-    direct = ((logits.double() - logits.double().amax(-1, keepdim=True)) * log_scale.double().exp()[:, None]).logsumexp(-1)
+    direct = ((logits.double() - logits.double().amax(-1, keepdim=True)) * log_scale.double().exp()[:, None]).logsumexp(
+        -1
+    )
     torch.testing.assert_close(lse_interpolate(values, slopes, log_scale).double(), direct, rtol=0, atol=1e-4)
 
 

@@ -101,14 +101,13 @@ def in_process(in_process_started):
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory, served, other_head):
-    """Three servers that start side by side: a start is mostly imports, on one core. Stopped whatever happens."""
+def servers(tmp_path_factory, served):
+    """Two servers that start side by side: a start is mostly imports, on one core. Stopped whatever happens."""
     logs = tmp_path_factory.mktemp("servers")
     llmrl_serve = [sys.executable, "-m", "llmrl.cli", "serve"]
     vllm_serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]  # what the script `vllm` runs
     commands = {
         "llmrl": [*llmrl_serve, str(served)],
-        "llmrl-other": [*llmrl_serve, str(other_head)],
         "vllm": [*vllm_serve, str(served), "--dtype=float32", "--host=127.0.0.1"],
     }
     with contextlib.ExitStack() as stack:

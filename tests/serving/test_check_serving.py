@@ -65,7 +65,7 @@ def test_check_serving_tolerates_rounding_and_no_more(served, answers):
 
 def test_check_serving_says_why_vllm_does_not_load(served, answers):
     answers(text="a line\nValueError: no head of size 8\na last line\n", code=1)
-    with pytest.raises(ModelError, match="vLLM does not load .*: ValueError: no head of size 8"):
+    with pytest.raises(ModelError, match=r"vLLM does not load .*: ValueError: no head of size 8"):
         check.check_serving(str(served))
 
 

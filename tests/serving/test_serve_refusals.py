@@ -1,7 +1,6 @@
 """What `llmrl serve` refuses before vLLM starts, and what it says when the plugin was not loaded."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 from importlib import metadata
 
 import pytest
-from http_server import alive, descendants
+from http_server import Server, descendants
 from serving_folders import ENVIRONMENT, LINEAR, ROOT, STORIES, heads_folder
 
 from llmrl.cli import main
@@ -128,29 +127,23 @@ def test_serve_says_when_the_plugin_did_not_load(served, tmp_path, monkeypatch, 
     assert "llmrl doctor" in last[1]
 
 
-def test_serve_stopped_while_starting_is_no_plugin_failure(served, tmp_path):
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llmrl.cli", "serve", str(served), "--port=1"],
-            env=ENVIRONMENT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
+@pytest.mark.parametrize(
+    ("number", "group", "processes"),
+    [(signal.SIGINT, True, 1), (signal.SIGTERM, False, 2)],
+    ids=["ctrl-c-as-vllm-starts", "sigterm-as-its-engine-starts"],
+)
+def test_serve_stopped_while_starting_leaves_nothing(number, group, processes, served, tmp_path):
+    command = [sys.executable, "-m", "llmrl.cli", "serve", str(served)]
+    with Server(command, tmp_path / "log", ENVIRONMENT) as server:
         end = time.monotonic() + 120
-        while not (children := descendants(process.pid)):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
+        while len(descendants(server.process.pid)) < processes:
+            assert server.process.poll() is None, server.text()
+            assert time.monotonic() < end, server.text()
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) == 128 + signal.SIGINT
-        assert "plugin" not in log.read_text()
-        assert not any(alive(pid) for pid in children)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        code, left = server.stop(number, group=group)
+        assert left == []
+        assert code == 128 + number, server.text()
+        assert "llmrl's plugin" not in server.text()  # that vLLM had not loaded it yet is no failure
 
 
 def test_register_is_idempotent_and_light(tmp_path):

@@ -11,25 +11,17 @@ pytestmark = pytest.mark.vllm
 LOOPBACK = ["0100007F"]
 
 
-def test_llmrl_serve_answers_as_transformers_and_stops_on_sigterm(servers, served, prompts):
+def test_llmrl_serve_answers_as_transformers_and_stops_on_ctrl_c(servers, served, prompts):
     server = servers["llmrl"]
     server.wait_until_healthy()
     assert listening_addresses(server.port) == LOOPBACK
     # without --dtype: a float32 folder stays float32; rounded to 16 bits it would be off by more than the tolerance
     found = server.complete(str(served), prompts, NEW_TOKENS)
     assert_agrees(found, expected(served, STORIES, prompts))
-    code, left = server.stop(signal.SIGTERM)
-    assert left == []
-    assert code in (0, 128 + signal.SIGTERM), server.text()
-    assert listening_addresses(server.port) == []
-
-
-def test_llmrl_serve_stops_on_ctrl_c(servers):
-    server = servers["llmrl-other"]
-    server.wait_until_healthy()
     code, left = server.stop(signal.SIGINT, group=True)  # a terminal sends it to every process of the group
     assert left == []
     assert code in (0, 128 + signal.SIGINT), server.text()
+    assert listening_addresses(server.port) == []
 
 
 def test_vllm_serve_answers_as_transformers(servers, served, prompts):

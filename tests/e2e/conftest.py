@@ -1,0 +1,145 @@
+"""The real command on small slices of the example texts; in this process where a process is not the point."""
+
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+SMALL = ("--max_length", "129", "--bootstrap_draws", "200")
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def refusal(self):
+        """Check the form of a refusal and return its text."""
+        assert self.code not in (0, None), self.out
+        lines = [line for line in self.err.split("\n") if line and "\r" not in line]  # bars redraw themselves
+        assert 1 <= len(lines) <= 3, self.err
+        assert lines[0].startswith("llmrl: "), self.err
+        assert "Traceback" not in self.err
+        return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def llmrl():
+    """`llmrl("calibrate", ...)` runs the command in this process."""
+    from llmrl.cli import main
+
+    def run(*argv):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(word) for word in argv])
+        return Ended(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def calibrate(llmrl, stories_dir):
+    """`calibrate(data, output_dir, *options, model=...)` with small windows and few draws."""
+
+    def run(data, output_dir, *options, model=stories_dir):
+        return llmrl("calibrate", model, "--data", data, "--output_dir", output_dir, *SMALL, *options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def process():
+    """`process(argv)` runs `python ...` to its end in a process of its own."""
+
+    def run(*argv, **environment):
+        done = subprocess.run(
+            [sys.executable, *map(str, argv)],
+            env=ENVIRONMENT | environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def _text(name):
+    return gzip.decompress((ROOT / "examples" / "text" / f"{name}.txt.gz").read_bytes()).decode()
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    """The beginning of a book: some 6,000 tokens."""
+    path = tmp_path_factory.mktemp("data") / "book.txt"
+    path.write_text(_text("wizard_of_oz")[2000:14000])
+    return path
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    return [s.strip() for s in _text("wizard_of_oz")[2000:20000].replace("\n", " ").split(". ") if len(s) > 30]
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory, sentences):
+    """Rows of `prompt` and `completion`."""
+    rows = [{"prompt": a + ".", "completion": f" {b}."} for a, b in itertools.pairwise(sentences[:60])]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def calibrated(calibrate, book, tmp_path_factory):
+    """What `--method auto` with the default seed gives: (folder, how the command ended). Not to be changed."""
+    folder = tmp_path_factory.mktemp("calibrated") / "auto"
+    ended = calibrate(book, folder)
+    assert ended.code == 0, ended.err
+    return folder, ended
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def jsonl():
+    return write_jsonl
+
+
+def _no_nan(word):
+    raise ValueError(f"{word} is no JSON")
+
+
+def _strict(text):
+    return json.loads(text, parse_constant=_no_nan)
+
+
+@pytest.fixture(scope="session")
+def read_json():
+    """Read strict JSON: NaN and infinities are errors."""
+    return lambda path: _strict(Path(path).read_text())
+
+
+@pytest.fixture(scope="session")
+def contents():
+    """`contents(folder)` -> relative path -> bytes, hidden files included."""
+
+    def read(folder):
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+    return read
