@@ -56,7 +56,8 @@ def parse_config(
         UsageError: an option the command does not have.
     """
     fields = _fields(config_class)
-    namespace = vars(_parser(config_class, fields, prog, description, positional).parse_args(argv))
+    parser = _parser(config_class, fields, prog, description, positional)
+    namespace = vars(parser.parse_args(_spell_out_switches(argv, fields)))
     file = namespace.pop("config", None)
     values = load_config_file(file, config_class) if file else {}
     for name, text in namespace.items():
@@ -117,6 +118,23 @@ def _build(config_class: type[T], fields: dict[str, tuple[dataclasses.Field[Any]
         if required and name not in values:
             raise UsageError(f"missing --{name}: {field.metadata['help']}")
     return config_class(**values)
+
+
+def _spell_out_switches(argv: list[str], fields: dict[str, tuple[dataclasses.Field[Any], Any]]) -> list[str]:
+    """Turn a bare `--merge` into `--merge=true`, so that it does not swallow a positional argument behind it."""
+    switches = {f"--{name}" for name, (_, hint) in fields.items() if _kind(hint)[0] is bool}
+    values = (
+        "true",
+        "false",
+        "yes",
+        "no",
+        "on",
+        "off",
+        "0",
+        "1",
+    )  # of these only two are accepted, all are meant as values
+    followed = zip(argv, argv[1:] + [""] if argv else [], strict=True)
+    return [f"{word}=true" if word in switches and after.lower() not in values else word for word, after in followed]
 
 
 class _Parser(argparse.ArgumentParser):

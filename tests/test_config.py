@@ -241,3 +241,14 @@ def test_calibrate_config_fitted_methods_have_base_scalar_and_control():
     assert CalibrateConfig(**GOOD, method=LINEAR).fitted_methods() == [NONE, TEMPERATURE, LINEAR, SHUFFLED]
     assert CalibrateConfig(**GOOD, method=TEMPERATURE).fitted_methods() == [NONE, TEMPERATURE, SHUFFLED]
     assert len(CalibrateConfig(**GOOD).fitted_methods()) == 5
+
+
+def test_parse_config_bare_switch_leaves_the_positional_alone():
+    @dataclass
+    class Options:
+        model: str | None = option(None, help="m")
+        merge: bool = option(False, help="s")
+
+    for argv in (["--merge", "MODEL"], ["MODEL", "--merge"], ["--merge", "true", "MODEL"]):
+        found = parse_config(Options, argv, prog="p", description="d", positional="model")
+        assert (found.model, found.merge) == ("MODEL", True), argv

@@ -139,6 +139,14 @@ def test_bootstrap_auroc_is_within_1e_3_of_the_exact_one():
     assert bootstrap_metrics(p, once)["auroc"][0] == pytest.approx(roc_auc_score(p.correct, p.confidence), abs=1e-3)
 
 
+def test_bootstrap_auroc_counts_ties_half():
+    rng = np.random.default_rng(9)
+    confidence = rng.random(2000).round(1)
+    p = predictions(confidence, rng.random(2000) < confidence, np.arange(2000) // 50)
+    found = bootstrap_metrics(p, np.ones((1, 40)))["auroc"][0]
+    assert found == pytest.approx(roc_auc_score(p.correct, confidence), rel=1e-12)
+
+
 def test_bootstrap_auroc_of_a_draw_with_one_class_is_nan():
     p = predictions([0.2, 0.9], [False, True])
     found = bootstrap_metrics(p, np.array([[2.0, 0.0], [1.0, 1.0]]))["auroc"]

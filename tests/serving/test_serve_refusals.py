@@ -127,20 +127,16 @@ def test_serve_says_when_the_plugin_did_not_load(served, tmp_path, monkeypatch, 
     assert "llmrl doctor" in last[1]
 
 
-@pytest.mark.parametrize(
-    ("number", "group", "processes"),
-    [(signal.SIGINT, True, 1), (signal.SIGTERM, False, 2)],
-    ids=["ctrl-c-as-vllm-starts", "sigterm-as-its-engine-starts"],
-)
-def test_serve_stopped_while_starting_leaves_nothing(number, group, processes, served, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_stopped_while_starting_leaves_nothing(number, served, tmp_path):
     command = [sys.executable, "-m", "llmrl.cli", "serve", str(served)]
     with Server(command, tmp_path / "log", ENVIRONMENT) as server:
         end = time.monotonic() + 120
-        while len(descendants(server.process.pid)) < processes:
+        while not descendants(server.process.pid):
             assert server.process.poll() is None, server.text()
             assert time.monotonic() < end, server.text()
             time.sleep(0.05)
-        code, left = server.stop(number, group=group)
+        code, left = server.stop(number, group=number == signal.SIGINT)
         assert left == []
         assert code == 128 + number, server.text()
         assert "llmrl's plugin" not in server.text()  # that vLLM had not loaded it yet is no failure
