@@ -123,17 +123,9 @@ def _build(config_class: type[T], fields: dict[str, tuple[dataclasses.Field[Any]
 def _spell_out_switches(argv: list[str], fields: dict[str, tuple[dataclasses.Field[Any], Any]]) -> list[str]:
     """Turn a bare `--merge` into `--merge=true`, so that it does not swallow a positional argument behind it."""
     switches = {f"--{name}" for name, (_, hint) in fields.items() if _kind(hint)[0] is bool}
-    values = (
-        "true",
-        "false",
-        "yes",
-        "no",
-        "on",
-        "off",
-        "0",
-        "1",
-    )  # of these only two are accepted, all are meant as values
-    followed = zip(argv, argv[1:] + [""] if argv else [], strict=True)
+    # of these two are accepted, but all are meant as the switch's value
+    values = {"true", "false", "yes", "no", "on", "off", "0", "1"}
+    followed = zip(argv, [*argv[1:], ""] if argv else [], strict=True)
     return [f"{word}=true" if word in switches and after.lower() not in values else word for word, after in followed]
 
 
