@@ -8,6 +8,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -90,13 +91,10 @@ def classes(task):
     hidden, logits = torch.zeros(2, 4), torch.ones(2, 3)
     answers = {"base": base.__name__, "name": made.__name__, "same_class": made is models.LlmrlLlamaForCausalLM}
     for method in ("compute_logits", "compute_logits_local"):
-        original = getattr(base, method)
-        setattr(base, method, lambda self, hidden: logits)
-        answers[method] = float(getattr(model, method)(hidden)[0, 0])
-        setattr(base, method, original)
-    base.compute_logits, original = lambda self, hidden: None, base.compute_logits
-    answers["no_logits"] = model.compute_logits(hidden)
-    base.compute_logits = original
+        with patch.object(base, method, lambda self, hidden: logits):
+            answers[method] = float(getattr(model, method)(hidden)[0, 0])
+    with patch.object(base, "compute_logits", lambda self, hidden: None):
+        answers["no_logits"] = model.compute_logits(hidden)
     with_local = [n for n in task["architectures"] if hasattr(ModelRegistry.models[n].load_model_cls(), method)]
     answers["without_local_override"] = [n for n in with_local if method not in vars(getattr(models, "Llmrl" + n))]
     answers["with_local"] = with_local
