@@ -55,7 +55,7 @@ def load_base(
         UsageError: a path that is not there, or an unknown dtype.
         ModelError: no weights, pickled weights, an unreadable checkpoint, or a folder llmrl wrote.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype}: not a choice{did_you_mean(dtype, _DTYPES)}")
@@ -64,8 +64,15 @@ def load_base(
         check_model_folder(Path(path))
         path = str(Path(path).resolve())
     try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        options = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_DTYPES[dtype], revision=revision, use_safetensors=True
+            path,
+            dtype=_DTYPES[dtype],
+            revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,  # sdpa, the default, leaves Gemma 2's soft-cap of the attention logits out
         )
     except (LlmrlError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -75,7 +82,13 @@ def load_base(
         if not without_heads:
             raise ModelError(f"{name} already carries llmrl heads; name its base model")
         model.attach_heads(torch.nn.ModuleDict())
-    model = model.to(device or default_device()).eval().requires_grad_(False)
+    try:
+        model = model.to(device or default_device())
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UsageError(f"--device {device} cannot be used here: {_first_line(error)}") from error
+    model = model.eval().requires_grad_(False)
     tokenizer = load_tokenizer(path, revision=revision)
     folder = local_folder(path, revision=revision)
     # a snapshot folder is named after its commit: the head stays tied to it when the branch moves on
@@ -99,7 +112,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(name), revision=revision)
+        return AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"cannot load the tokenizer of {name}: {_first_line(error)}") from error
 
@@ -134,6 +147,14 @@ def default_device() -> str:
     import os
 
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def greedy_config(model: Any, new_tokens: int) -> Any:
+    """Return a generation configuration of plain greedy decoding: without the penalties a checkpoint may bring along."""
+    from transformers import GenerationConfig
+
+    stops = getattr(model.generation_config, "eos_token_id", None)
+    return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=0)
 
 
 def context_length(model: Any, tokenizer: Any) -> int:

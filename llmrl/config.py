@@ -74,7 +74,9 @@ def load_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"not found: {path} (--config)")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        loaded = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -83,6 +85,10 @@ def load_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines, got a {type(loaded).__name__}")
+    keys = [key.value for key, _ in node.value]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{path}: key '{twice}' stands there twice; remove one")
     fields = _fields(config_class)
     values = {}
     for key, value in loaded.items():
@@ -188,7 +194,9 @@ def _convert_text(text: str | list[str], hint: Any, where: str) -> Any:
     kind, is_list, optional = _kind(hint)
     if is_list:
         parts = [text] if isinstance(text, str) else text
-        return [_scalar(part, kind, where) for word in parts for part in word.split(",") if part]
+        # a file whose name has a comma is one value
+        words = [[word] if kind is str and Path(word).exists() else word.split(",") for word in parts]
+        return [_scalar(part, kind, where) for word in words for part in word if part]
     assert isinstance(text, str)
     if optional and text == "null":
         return None

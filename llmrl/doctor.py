@@ -21,7 +21,7 @@ from typing import Any
 
 from llmrl import vllm_compat
 from llmrl._version import __version__
-from llmrl.errors import EXIT_DONE, EXIT_ERROR
+from llmrl.errors import EXIT_DONE, EXIT_ERROR, UsageError
 
 _GIB = 1 << 30
 
@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; return 0 when Python and every required package are in their windows, else 1."""
     parser = argparse.ArgumentParser(prog="llmrl doctor", description="Say what is installed, what works, what to do.")
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]}; llmrl doctor knows --json")
     result = report()
     print(json.dumps(result, indent=2) if args.json else to_text(result))
     return EXIT_DONE if result["ok"] else EXIT_ERROR

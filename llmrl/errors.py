@@ -9,9 +9,12 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
+from types import FrameType
 
 EXIT_DONE = 0
 EXIT_ERROR = 1
@@ -97,11 +100,19 @@ def explain(error: BaseException) -> str | None:
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Run `command` and return the process's exit code; print refusals to stderr in at most three lines."""
+    terminated = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt  # so that what is half-written gets cleaned up, as on Ctrl-C
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     try:
         return command() or EXIT_DONE
     except KeyboardInterrupt:
-        _print_error("interrupted: run the same command with --resume_from_checkpoint to go on")
-        return EXIT_INTERRUPTED
+        _print_error("interrupted: finished parts are kept; the same command goes on (--resume_from_checkpoint)")
+        return 128 + terminated[0] if terminated else EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away (`| head`): not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

@@ -6,6 +6,7 @@ killed run leaves nothing that looks finished.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import os
@@ -62,11 +63,15 @@ def write_text(path: Path | str, text: str) -> None:
 
 @contextmanager
 def staging_folder(path: Path | str) -> Iterator[Path]:
-    """Yield a hidden folder beside `path` for `publish_folder`; whatever is left of it when the block ends is removed."""
+    """Yield a hidden folder beside `path` for `publish_folder`; whatever is left of it when the block ends is removed.
+
+    Its name is a function of `path`, so what a killed run left behind is found and removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
-    os.chmod(staging, 0o755)
+    staging = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
     try:
         yield staging
     finally:
@@ -81,14 +86,21 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         publish_folder(staging, Path(path))
 
 
-def publish_folder(staging: Path, path: Path, *, keep_foreign: bool = False) -> None:
-    """Rename `staging` to `path`, moving an existing `path` out of the way first and deleting it last.
+def publish_folder(staging: Path, path: Path, *, stale: tuple[str, ...] | None = None) -> None:
+    """Give `staging` the name `path`; an existing `path` is moved out of the way first and put back if that fails.
 
     Args:
         staging: a whole folder on the same file system.
-        path: its final name.
-        keep_foreign: carry files over that the old folder holds and no run of llmrl wrote (no config.resolved.yaml there).
+        path: its final name. An empty folder there is filled instead (it may be a mount point).
+        stale: None: nothing of an existing `path` survives. Otherwise files that the new folder does not have are carried
+            over, but for those that match one of these patterns.
     """
+    if path.is_dir() and not any(path.iterdir()):
+        for entry in sorted(
+            staging.iterdir(), key=lambda entry: entry.name == "report.json"
+        ):  # the last one says "whole"
+            shutil.move(entry, path / entry.name)
+        return
     old = None
     if path.exists():
         old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-")) / path.name
@@ -105,32 +117,38 @@ def publish_folder(staging: Path, path: Path, *, keep_foreign: bool = False) -> 
     if old is None:
         return
     # after the new folder is in place: what belongs to somebody else never lies in a folder that a failure removes
-    if keep_foreign and not (old / "config.resolved.yaml").is_file():
-        for entry in old.iterdir():
-            if not (path / entry.name).exists():
-                os.rename(entry, path / entry.name)
+    if stale is not None:
+        _carry_over(old, path, stale)
     shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def check_output_dir(path: Path | str, *, overwrite: bool, resume: bool = False) -> Path:
-    """Refuse an output folder that holds something, unless the caller said what to do with it.
+def _carry_over(old: Path, new: Path, stale: tuple[str, ...]) -> None:
+    for entry in old.iterdir():
+        target = new / entry.name
+        if entry.is_dir() and target.is_dir():
+            _carry_over(entry, target, stale)
+        elif not target.exists() and not any(fnmatch.fnmatch(entry.name, pattern) for pattern in stale):
+            os.rename(entry, target)
+
+
+def check_output_dir(path: Path | str, *, overwrite: bool) -> Path:
+    """Refuse an output folder that holds something, unless the caller said to replace it; return its resolved path.
 
     Raises:
-        OutputError: `path` is a file or lies in one, or a folder that is not empty and neither `overwrite` nor `resume`
-            was given.
+        OutputError: `path` is a file, lies in one, cannot be written, or is not empty and `overwrite` was not given.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
     parent = path
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
         lies_in = "" if parent == path else f" lies in {parent}, which"
         raise OutputError(f"--output_dir {path}{lies_in} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not (overwrite or resume):
-        raise OutputError(
-            f"--output_dir {path} is not empty; --overwrite replaces what is in it, "
-            "--resume_from_checkpoint goes on with a run that was cut off"
-        )
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise OutputError(f"--output_dir {path} is not empty; --overwrite replaces what llmrl writes in it")
+        if os.path.ismount(path):
+            raise OutputError(f"--output_dir {path} is a mount point that is not empty; name a folder in it")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"cannot write to {parent}: choose another --output_dir")
     return path

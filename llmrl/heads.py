@@ -229,29 +229,62 @@ def load_head_tensors(heads: nn.ModuleDict, tensors: Mapping[str, Tensor]) -> No
 # --- fingerprints -----------------------------------------------------------------------------------------------------
 
 
-def fingerprint_weights(folder: Path | str) -> str:
-    """Return a hash of a checkpoint's tensors: names, shapes, dtypes and values; how they are sharded does not matter.
+# of config.json: what may differ without the model computing anything else
+_COSMETIC = frozenset(
+    ("transformers_version", "_name_or_path", "architectures", "model_type", "llmrl", "dtype", "torch_dtype", "use_cache",
+     "id2label", "label2id", "problem_type", "num_labels", "bos_token_id", "eos_token_id", "pad_token_id",
+     "_attn_implementation", "return_dict", "output_hidden_states", "output_attentions")
+)  # fmt: skip
+_ROWS = 256
+_VOCABULARY_TENSORS = ("embed", "wte", "lm_head")
 
-    Tensors up to 4 MiB count whole; of a larger one 64 evenly spaced rows are read, so that a 70B model takes seconds. A
-    fine-tuned, merged or requantised model differs in all rows of a matrix, hence also in these.
+
+def fingerprint_weights(folder: Path | str) -> str:
+    """Return a hash of what a checkpoint computes: its tensors (names, shapes, dtypes, values) and its config.json.
+
+    How the tensors are sharded does not matter, nor do fields of config.json that change no number. Tensors up to 4 MiB
+    and everything with a row a vocabulary entry count whole; of a larger matrix 256 evenly spaced rows are read, so that a
+    70B model takes seconds. A fine-tuned, merged or requantised model differs in all rows of a matrix, hence in these; an
+    edit of single rows of a large inner matrix can go unnoticed.
 
     Raises:
         ModelError: the folder holds no safetensors file.
     """
     from safetensors import safe_open
 
-    files = sorted(f for f in Path(folder).glob("*.safetensors") if f.name != HEADS_FILE)
-    if not files:
-        raise ModelError(f"no weights in {folder}: expected *.safetensors")
     digests: dict[str, str] = {}
-    for file in files:
+    for file in weight_files(folder):
         with safe_open(str(file), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name.startswith(PREFIX):
-                    continue
-                part = tensors.get_slice(name)
-                digests[name] = _digest_slice(part, tensors, name)
+                if not name.startswith(PREFIX):
+                    digests[name] = _digest_slice(tensors.get_slice(name), tensors, name)
+    config = Path(folder) / "config.json"
+    if config.is_file():
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        digests["config.json"] = json.dumps({k: v for k, v in fields.items() if k not in _COSMETIC}, sort_keys=True)
     return _sha(json.dumps(sorted(digests.items())).encode())
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """Return the safetensors files a loader reads: those of the index, else model.safetensors, else all but heads.
+
+    Raises:
+        ModelError: there are none.
+    """
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file() and not single.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+    else:
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if file.name != HEADS_FILE]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{folder} lacks {missing[0]}, which its index names: download the checkpoint again")
+    if not files:
+        raise ModelError(f"no weights in {folder}: expected *.safetensors")
+    return files
 
 
 def _digest_slice(part: Any, tensors: Any, name: str) -> str:
@@ -259,11 +292,12 @@ def _digest_slice(part: Any, tensors: Any, name: str) -> str:
     rows = shape[0] if shape else 1
     per_row = math.prod(shape[1:]) if shape else 1
     digest = hashlib.sha256(f"{dtype}{shape}".encode())
-    if len(shape) < 2 or rows * per_row * 4 <= 4 << 20 or rows <= 64:
+    whole = len(shape) < 2 or rows * per_row * 4 <= 4 << 20 or rows <= _ROWS
+    if whole or any(word in name for word in _VOCABULARY_TENSORS):
         digest.update(_raw(tensors.get_tensor(name)))
     else:
-        for i in range(64):
-            row = i * (rows - 1) // 63
+        for i in range(_ROWS):
+            row = i * (rows - 1) // (_ROWS - 1)
             digest.update(_raw(part[row : row + 1]))
     return digest.hexdigest()
 
@@ -276,16 +310,21 @@ _PROBES = ("Hello, world! 12345", " a  b\n\tc", "naïve café — “x” ∑ �
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """Return a hash of what a tokenizer does: its vocabulary, its special ids, and how it encodes four probe texts.
+    """Return a hash of how a tokenizer turns text into ids: its whole pipeline, special ids, and four encoded probe texts.
 
-    Behaviour, not files: the same tokenizer saved by another version of transformers keeps its fingerprint.
+    Padding and truncation are left out: they belong to a call, and a pad token set later changes no text's ids.
     """
-    state = {
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if key != "pad_token"}
+    state: dict[str, Any] = {
         "vocab": sorted(tokenizer.get_vocab().items()),
-        "special": {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())},
+        "special": sorted(special.items()),
         "probes": [tokenizer(text)["input_ids"] for text in _PROBES],
     }
-    return _sha(json.dumps(state, ensure_ascii=True).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "to_str"):
+        pipeline = json.loads(backend.to_str())
+        state["pipeline"] = {k: v for k, v in pipeline.items() if k not in ("padding", "truncation", "version")}
+    return _sha(json.dumps(state, ensure_ascii=True, sort_keys=True).encode())
 
 
 def fingerprint_template(tokenizer: Any) -> str:
@@ -300,7 +339,11 @@ def check_same_base(found: BaseReference, expected: BaseReference, folder: Path 
     Raises:
         HeadMismatchError: weights, tokenizer or chat template differ; the message names which.
     """
-    names = {"weights": "the base model's weights", "tokenizer": "the tokenizer", "template": "the chat template"}
+    names = {
+        "weights": "the base model's weights or configuration",
+        "tokenizer": "the tokenizer",
+        "template": "the chat template",
+    }
     differing = [name for key, name in names.items() if getattr(found, key) != getattr(expected, key)]
     if differing:
         raise HeadMismatchError(
@@ -313,7 +356,7 @@ def check_weights(folder: Path | str, expected: BaseReference, head_folder: Path
     """Like `check_same_base` for the weights alone, where no tokenizer is at hand."""
     if fingerprint_weights(folder) != expected.weights:
         raise HeadMismatchError(
-            f"the head in {head_folder} was fitted on another base: the weights in {folder} differ\n"
+            f"the head in {head_folder} was fitted on another base: the weights or the configuration in {folder} differ\n"
             "use the base it was fitted on, or calibrate this one"
         )
 

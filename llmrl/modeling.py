@@ -34,6 +34,7 @@ from llmrl.heads import (
     fingerprint_weights,
     load_head_tensors,
     save_head_tensors,
+    weight_files,
 )
 
 CLASS_PREFIX = "Llmrl"
@@ -102,6 +103,11 @@ class HeadsModelMixin:
             source, base_hub = spec.base.model, {**hub, "revision": spec.base.revision}
             kwargs["revision"] = spec.base.revision
         folder = local_folder(name, **hub)
+        kwargs.update(use_safetensors=True, trust_remote_code=False)
+        if getattr(config, "attn_logit_softcapping", None):
+            kwargs.setdefault(
+                "attn_implementation", "eager"
+            )  # the default, sdpa, leaves the soft-cap out; vLLM does not
         try:
             model = super().from_pretrained(source, *args, config=config, **kwargs)  # type: ignore[misc]
         except OSError as error:
@@ -262,6 +268,7 @@ def save_heads_folder(
     config: HeadsConfig,
     tokenizer: Any,
     base_folder: Path,
+    dtype: str | None = None,
 ) -> None:
     """Write a folder that transformers (after `import llmrl`) and vLLM open.
 
@@ -271,17 +278,20 @@ def save_heads_folder(
         config: their description; with `merged` the base's weight files are copied in, byte for byte.
         tokenizer: saved into the folder.
         base_folder: where the base's files lie.
+        dtype: of the base when the heads were fitted, if it was not the stored one; served in the same from then on.
     """
     base_config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
     fields = {**base_config, "model_type": MODEL_TYPE, **_served_as(config), CONFIG_KEY: config.to_json()}
+    if dtype is not None:
+        fields.pop("torch_dtype", None)
+        fields["dtype"] = dtype
     write_json(folder / "config.json", fields)
     tokenizer.save_pretrained(folder)
     if (base_folder / "generation_config.json").is_file():
         shutil.copyfile(base_folder / "generation_config.json", folder / "generation_config.json")
     if config.merged:
-        for file in sorted(base_folder.glob("*.safetensors")):
-            if file.name != HEADS_FILE:
-                shutil.copyfile(file, folder / file.name)
+        for file in weight_files(base_folder):
+            shutil.copyfile(file, folder / file.name)
         if (base_folder / _INDEX).is_file():
             shutil.copyfile(base_folder / _INDEX, folder / _INDEX)
     save_head_tensors(folder, heads)

@@ -20,15 +20,16 @@ from llmrl._version import __version__
 from llmrl.ats.data import Window, Windows, make_windows, read_rows
 from llmrl.ats.evaluate import SELECTED_BY, SeedResult, fit_and_score
 from llmrl.ats.features import OutputLayer, TokenFeatures, extract_features
+from llmrl.ats.metrics import MIN_CLUSTERS
 from llmrl.ats.options import CalibrateConfig
 from llmrl.ats.plots import reliability_diagram
 from llmrl.ats.report import excluded_line, markdown_table, seeds_table, sentences
-from llmrl.ats.splits import limit_windows, split_windows
-from llmrl.base_model import BaseModel, context_length, load_base
+from llmrl.ats.splits import duplicate_rows, limit_windows, split_windows
+from llmrl.base_model import BaseModel, context_length, greedy_config, load_base
 from llmrl.config import to_flat
 from llmrl.errors import ModelError, OutputError, UsageError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
-from llmrl.heads import HeadsConfig
+from llmrl.heads import HEADS_FILE, HeadsConfig
 from llmrl.modeling import save_heads_folder
 from llmrl.training.distributed import barrier, check_processes, is_main_process, join_processes
 from llmrl.training.run import write_model_card, write_run_files
@@ -36,6 +37,8 @@ from llmrl.training.tracking import MetricsLog, check_tracker, progress_bar
 from llmrl.vllm_compat import check_versions, vllm_architectures, vllm_build
 
 GREEDY_PROMPTS, GREEDY_TOKENS = 8, 32
+# of an earlier run into the same folder: would be read as part of the new one
+_STALE = ("*.safetensors", "*.safetensors.index.json", "verify.json")
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
@@ -53,7 +56,9 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     rows = read_rows(config.data)
     base = load_base(str(config.model), dtype=config.dtype, device=config.device)
     found, windows = select_windows(config, rows, base, say)
-    split_windows(windows, config.seed)  # too little data is known before the long part
+    test = split_windows(windows, config.seed).test  # too little data is known before the long part
+    if len(test) < MIN_CLUSTERS:
+        say(f"only {len(test)} windows to test on: intervals are rough; more data, or a smaller --max_length, mends it")
     partial = output_dir.with_name(output_dir.name + ".partial")
     if config.overwrite and is_main_process():
         shutil.rmtree(partial, ignore_errors=True)
@@ -83,7 +88,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
             )
         write_json(staging / "report.json", report)
         _write_extras(staging, config, report)
-        publish_folder(staging, output_dir, keep_foreign=True)
+        publish_folder(staging, output_dir, stale=_STALE)
     shutil.rmtree(partial, ignore_errors=True)
     _show(report, output_dir, say)
     return report
@@ -96,15 +101,17 @@ def printer(config: CalibrateConfig) -> Any:
 
 
 def _check_output(config: CalibrateConfig) -> Path:
-    resume = config.resume_from_checkpoint not in (None, "false")
-    output_dir = check_output_dir(str(config.output_dir), overwrite=config.overwrite, resume=resume)
+    wanted = Path(str(config.output_dir)).expanduser()
+    if config.resume_from_checkpoint and not config.overwrite and (wanted / "report.json").is_file():
+        raise OutputError(f"{wanted} is complete, nothing to resume; --overwrite runs it again")
+    output_dir = check_output_dir(wanted, overwrite=config.overwrite)
     model = Path(str(config.model)).expanduser()
     if model.exists():
         here, there = output_dir.resolve(), model.resolve()
         if here == there or here in there.parents:
             raise OutputError(f"--output_dir {output_dir} holds the base model {config.model}; name another folder")
-    if resume and not config.overwrite and (output_dir / "report.json").is_file():
-        raise OutputError(f"{output_dir} is complete, nothing to resume; --overwrite runs it again")
+    if any(output_dir.glob("*.safetensors")) and not (output_dir / HEADS_FILE).is_file():
+        raise OutputError(f"--output_dir {output_dir} holds a model that llmrl did not write; name another folder")
     return output_dir
 
 
@@ -121,6 +128,9 @@ def select_windows(config: CalibrateConfig, rows: list[Any], base: BaseModel, sa
     line = excluded_line(found.excluded, found.rows)
     if line:
         say(line)
+    repeated = duplicate_rows(windows)
+    if repeated:
+        say(f"{repeated} rows repeat the text of another; each text is in one part of the split only")
     if len(windows) < len(found.windows):
         used = sum(sum(window.scored) for window in windows)
         say(f"using {used:,} of {found.tokens:,} tokens, spread over all files; --max_tokens takes more")
@@ -199,15 +209,21 @@ def _report(
             for r in seeds
         },
         "loss": config.loss,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
         "rows": found.rows,
         "windows": len(windows),
         "max_length": max(len(window.token_ids) for window in windows),
         "unused_tokens": found.tokens - sum(sum(window.scored) for window in windows),
-        "bootstrap": {"draws": config.bootstrap_draws, "unit": "window", "interval": 0.95},
+        "bootstrap": {"draws": config.bootstrap_draws, "unit": _bootstrap_unit(first), "interval": 0.95},
         "serving": {"vllm": _vllm_status(base)},
         "base": asdict(replace(base.reference, model=Path(base.reference.model).name)),
         "llmrl_version": __version__,
     }
+
+
+def _bootstrap_unit(result: SeedResult) -> str:
+    enough = len(result.test_windows) >= MIN_CLUSTERS
+    return "window" if enough else f"block of {max(1, result.tokens['test'] // (2 * MIN_CLUSTERS))} tokens"
 
 
 def _vllm_status(base: BaseModel) -> str:
@@ -226,7 +242,8 @@ def _save(staging: Path, config: CalibrateConfig, base: BaseModel, head: nn.Modu
         merged=config.merge,
         method=report["selected"],
     )
-    save_heads_folder(staging, head, spec, base.tokenizer, base.folder)
+    dtype = None if config.dtype == "auto" else config.dtype
+    save_heads_folder(staging, head, spec, base.tokenizer, base.folder, dtype)
     write_run_files(staging, to_flat(config))
 
 
@@ -253,10 +270,7 @@ def greedy_ids(model: Any, prompts: list[list[int]]) -> list[list[int]]:
             output = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=min(GREEDY_TOKENS, limit - ids.shape[1]),
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=0,
+                generation_config=greedy_config(model, min(GREEDY_TOKENS, limit - ids.shape[1])),
             )
         results.append(output[0, ids.shape[1] :].tolist())
     return results
@@ -269,7 +283,7 @@ def _reload_and_generate(folder: Path, prompts: list[list[int]], config: Calibra
     from llmrl.base_model import default_device
 
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, trust_remote_code=False)
     return greedy_ids(model.to(config.device or default_device()).eval(), prompts)
 
 

@@ -114,6 +114,8 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
+        raise DataError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
     if not isinstance(fields, dict):
         raise DataError(f"{where}: expected an object with {_FORMS}, got {type(fields).__name__}")
     return fields
@@ -146,6 +148,15 @@ def _read_hub(name: str) -> Iterator[Row]:
 
 
 def _check_row(fields: dict[str, Any], where: str, source: str) -> Row:
+    row = _known_form(fields, where, source)
+    try:
+        json.dumps(row.fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: half of a surrogate pair in the text (character {error.start})") from error
+    return row
+
+
+def _known_form(fields: dict[str, Any], where: str, source: str) -> Row:
     if _has(fields, "messages"):
         value = fields["messages"]
         if not isinstance(value, list) or not value or not all(_is_message(message) for message in value):
@@ -191,6 +202,7 @@ def make_windows(rows: list[Row], tokenizer: Any, max_length: int) -> Windows:
     """
     result = Windows([], rows=len(rows))
     for index, row in enumerate(rows):
+        lost = 0
         if "messages" in row.fields:
             if not getattr(tokenizer, "chat_template", None):
                 raise DataError(
@@ -198,7 +210,7 @@ def make_windows(rows: list[Row], tokenizer: Any, max_length: int) -> Windows:
                     "use a chat model, or rows with 'prompt' and 'completion'"
                 )
             try:
-                pieces = _encode_messages(row.fields["messages"], tokenizer)
+                pieces, lost = _encode_messages(row.fields["messages"], tokenizer)
             except Exception as error:  # templates refuse orders of roles, or read keys a message lacks
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise DataError(f"{row.where}: the chat template refuses these messages: {first}") from error
@@ -206,7 +218,8 @@ def make_windows(rows: list[Row], tokenizer: Any, max_length: int) -> Windows:
             pieces = [_encode_completion(row.fields["prompt"], row.fields["completion"], tokenizer)]
         else:
             pieces = _encode_text(row.fields["text"], tokenizer, max_length)
-        kept, reasons = [], set()
+        kept: list[Window] = []
+        reasons = {"turn_not_scored"} if lost else set()
         for ids, scored in pieces:
             if len(ids) > max_length:
                 reasons.add("too_long")
@@ -263,25 +276,35 @@ def _encode_completion(prompt: str, completion: str, tokenizer: Any) -> tuple[li
     return ids, scored
 
 
-def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
+def _encode_messages(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[tuple[list[int], list[bool]]], int]:
+    """Return windows whose scored tokens are the assistant's, and how many of its turns the template does not let score."""
+
     def render(upto: int, generation: bool) -> list[int]:
         ids = tokenizer.apply_chat_template(messages[:upto], add_generation_prompt=generation, tokenize=True)
         return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
 
     pieces: list[tuple[list[int], list[bool]]] = []
+    lost = 0
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i == 0:  # a first turn has no prompt it could answer
+        if message["role"] != "assistant":
             continue
-        prefix, whole = render(i, generation=True), render(i + 1, generation=False)
-        if whole[: len(prefix)] != prefix:
-            prefix = render(i, generation=False)  # templates whose generation prompt is not part of a finished turn
-        if whole[: len(prefix)] != prefix:
+        # a first turn answers nothing; templates that rewrite history show the turn after other tokens than were there
+        before = render(i, generation=False) if i else []
+        whole = render(i + 1, generation=False) if i else []
+        if not i or whole[: len(before)] != before:
+            lost += 1
             continue
-        scored = [False] * len(prefix) + [True] * (len(whole) - len(prefix))
+        # normally the whole generation prompt; less where its last token merges with the answer's first
+        start = _common_prefix(render(i, generation=True), whole)
+        scored = [False] * start + [True] * (len(whole) - start)
         if pieces and whole[: len(pieces[-1][0])] == pieces[-1][0]:
             earlier = pieces.pop()[1]
             scored[: len(earlier)] = earlier
         pieces.append((whole, scored))
     for _, scored in pieces:
         scored[0] = False
-    return pieces
+    return pieces, lost
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -135,13 +135,14 @@ def extract_features(
         OutputError: `cache_dir` holds shards of another model, data set or setting.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
-    _check_manifest(cache_dir, _manifest(windows, fingerprint))
+    _check_manifest(cache_dir, _manifest(windows, fingerprint, max(WINDOWS_PER_SHARD, batch_size)))
     layer = OutputLayer.of(model)
     check_output_layer(model, layer, windows[0].token_ids)
-    starts = range(0, len(windows), WINDOWS_PER_SHARD)
+    size = max(WINDOWS_PER_SHARD, batch_size)
+    starts = range(0, len(windows), size)
     paths = [cache_dir / f"features-{number:05d}.safetensors" for number in range(len(starts))]
     for number, (path, start) in enumerate(zip(paths, starts, strict=True)):
-        part = windows[start : start + WINDOWS_PER_SHARD]
+        part = windows[start : start + size]
         if number % world_size() == rank() and not path.exists():
             _write_shard(path, _features_of(model, layer, part, start, batch_size))
         progress(start + len(part), len(windows))
@@ -150,11 +151,11 @@ def extract_features(
     return TokenFeatures(**{f.name: torch.cat([getattr(s, f.name) for s in shards]) for f in fields(TokenFeatures)})
 
 
-def _manifest(windows: list[Window], fingerprint: str) -> dict[str, Any]:
+def _manifest(windows: list[Window], fingerprint: str, shard: int) -> dict[str, Any]:
     digest = hashlib.sha256()
     for window in windows:
         digest.update(json.dumps([window.token_ids, window.scored]).encode())
-    return {"base": fingerprint, "windows": len(windows), "data": digest.hexdigest(), "format": 1}
+    return {"base": fingerprint, "windows": len(windows), "data": digest.hexdigest(), "shard": shard, "format": 1}
 
 
 def _check_manifest(cache_dir: Path, manifest: dict[str, Any]) -> None:

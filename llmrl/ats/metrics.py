@@ -4,13 +4,14 @@ Tokens of one window are not independent, so the bootstrap draws windows, not to
 over windows (counts per bin), so 1,000 draws are one matrix product: the weights of the draws times the sums of the
 windows. Two methods share the draws, which makes their difference paired.
 
-Intervals are percentile intervals moved so that their median sits on the estimate: resampling adds noise to the bins, which
-lifts every ECE, so that a plain percentile interval can lie above its own estimate.
+Intervals are basic bootstrap intervals, [2v - high, 2v - low] of the percentiles. Resampling adds noise to every bin, which
+lifts each ECE, as sampling has lifted the estimate v itself; the basic interval takes that bias off, where the percentile
+interval doubles it. An interval is widened to hold its own estimate.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ Array = NDArray[np.float64]
 BINS = 15
 _AUROC_BINS = 512
 METRICS = ("ece", "ece_equal_mass", "nll", "brier", "auroc", "accuracy")
+MIN_CLUSTERS = 20
 LOWER_IS_BETTER = ("ece", "ece_equal_mass", "nll", "brier")
 
 
@@ -134,17 +136,25 @@ def _bootstrap_auroc(p: Predictions, window: NDArray[np.int64], weights: Array) 
 
 
 def interval(value: float, draws: Array, floor: float | None = 0.0) -> dict[str, float]:
-    """Return `value` with the 2.5% and 97.5% points of `draws`, moved so that their median is `value`."""
+    """Return `value` with its 95% basic bootstrap interval, widened to hold `value` and cut at `floor`."""
     finite = draws[np.isfinite(draws)]
     if len(finite) == 0 or not np.isfinite(value):
         return {"value": value, "low": float("nan"), "high": float("nan")}
-    low, middle, high = np.percentile(finite, [2.5, 50.0, 97.5])
-    bottom = value - (middle - low)
-    return {
-        "value": value,
-        "low": float(bottom if floor is None else max(floor, bottom)),
-        "high": float(value + (high - middle)),
-    }
+    lower, upper = np.percentile(finite, [2.5, 97.5]).tolist()
+    low, high = min(value, 2 * value - upper), max(value, 2 * value - lower)
+    return {"value": value, "low": low if floor is None else max(floor, low), "high": high}
+
+
+def clusters_of(window: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
+    """Return what the bootstrap draws, a cluster number per token, and its name.
+
+    Windows, or, where there are fewer than MIN_CLUSTERS of them, blocks of consecutive tokens: one window drawn again and
+    again would give an interval of no width.
+    """
+    if len(np.unique(window)) >= MIN_CLUSTERS:
+        return window, "window"
+    size = max(1, len(window) // (2 * MIN_CLUSTERS))
+    return np.arange(len(window), dtype=np.int64) // size, f"block of {size} tokens"
 
 
 def compare_methods(
@@ -161,7 +171,8 @@ def compare_methods(
     Returns:
         name -> metric -> {"value", "low", "high"}, and the same for "a - b", paired: an interval without 0 is a difference.
     """
-    window = next(iter(predictions.values())).window
+    window = clusters_of(next(iter(predictions.values())).window)[0]
+    predictions = {name: replace(p, window=window) for name, p in predictions.items()}
     weights = draw_weights(window, draws, seed)
     points = {name: point_metrics(p) for name, p in predictions.items()}
     samples = {name: bootstrap_metrics(p, weights) for name, p in predictions.items()}

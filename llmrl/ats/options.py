@@ -9,6 +9,7 @@ from llmrl.errors import UsageError
 
 NONE, TEMPERATURE, TEMPERATURE_ECE = "none", "temperature", "temperature-ece"
 LINEAR, SHUFFLED = "ats-linear", "ats-shuffled"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 METHODS = ("auto", TEMPERATURE, TEMPERATURE_ECE, LINEAR)
 
 
@@ -29,7 +30,7 @@ class CalibrateConfig:
     max_length: int | None = option(None, help="longest window in tokens (default: the model's context, at most 4096)")
     max_tokens: int = option(500_000, help="use at most this many tokens of --data")
     batch_size: int = option(16, help="windows the base model reads at once")
-    dtype: str = option("auto", help="of the base: auto (as stored), float32, bfloat16, float16")
+    dtype: str = option("auto", choices=DTYPES, help="of the base; auto is as stored")
     device: str | None = option(None, help="torch device (default: the GPU if there is one)")
     bootstrap_draws: int = option(1000, help="draws behind the 95% intervals")
     overwrite: bool = option(False, help="replace what is in --output_dir")
@@ -45,6 +46,19 @@ class CalibrateConfig:
         if self.verify is None and (self.model is None or self.output_dir is None):
             missing = "MODEL, a folder or hub name" if self.model is None else "--output_dir, where the result goes"
             raise UsageError(f"missing {missing}")
+        if self.verify is not None:
+            given = [name for name in ("merge", "check_serving", "overwrite") if getattr(self, name)]
+            given += ["num_seeds"] if self.num_seeds != 1 else []
+            given += ["resume_from_checkpoint"] if self.resume_from_checkpoint else []
+            if given:
+                raise UsageError(
+                    f"--{given[0]} has no meaning with --verify, which refits and saves nothing; leave it out"
+                )
+        if self.resume_from_checkpoint not in (None, "latest", "true"):
+            raise UsageError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint}: write it without a value; what was finished lies "
+                "beside --output_dir"
+            )
         for name in ("max_tokens", "batch_size", "num_seeds", "bootstrap_draws"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")

@@ -1,8 +1,8 @@
-"""Which windows fit, which validate, which test: by row, stratified by file, never one row's neighbours on both sides.
+"""Which windows fit, which validate, which test: by row, stratified by file.
 
-The unit that is dealt out is a row, or a block of up to 14 consecutive windows of a long one, so that a test window's
-immediate neighbours are mostly test windows too. Units of each file are shuffled and dealt in a low-discrepancy order, so
-every file is represented in every part in the same proportion.
+The unit that is dealt out is a row where a file has 24 or more; of a file with fewer, a block of up to 14 consecutive windows
+of a row, so that a test window's immediate neighbours are mostly test windows too. Rows with the same tokens make one unit.
+Units of each file are shuffled and dealt in a low-discrepancy order, so every file is in every part in the same proportion.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def split_windows(windows: list[Window], seed: int) -> Split:
     units = _units(windows)
     if len(units) < 4:
         raise DataError(
-            f"too little data: {len(windows)} window(s) in {len(units)} unit(s); fitting, validating and testing need at "
-            "least 4 rows, or one text of at least 4 windows"
+            f"too little data: {len(windows)} window(s) in {len(units)} different unit(s); fitting, validating and testing "
+            "need at least 4 rows, or one text of at least 4 windows (a larger --max_tokens, if it left some out)"
         )
     rng = random.Random(seed)
     by_source: dict[str, list[list[int]]] = {}
@@ -58,7 +58,7 @@ def split_windows(windows: list[Window], seed: int) -> Split:
 
 
 def limit_windows(windows: list[Window], max_tokens: int, seed: int) -> list[Window]:
-    """Keep whole units, spread over all files, until `max_tokens` scored tokens are reached; order is kept."""
+    """Keep whole units, drawn from all files at random, until `max_tokens` scored tokens are reached; order is kept."""
     if sum(sum(w.scored) for w in windows) <= max_tokens:
         return windows
     units = _units(windows)
@@ -68,21 +68,42 @@ def limit_windows(windows: list[Window], max_tokens: int, seed: int) -> list[Win
     for unit in units:
         size = sum(sum(windows[i].scored) for i in unit)
         if kept and total + size > max_tokens:
-            continue
+            break  # going on with shorter ones would prefer short rows
         kept.extend(unit)
         total += size
     return [windows[i] for i in sorted(kept)]
 
 
+def duplicate_rows(windows: list[Window]) -> int:
+    """Return how many rows repeat the tokens of an earlier one."""
+    rows = _rows(windows)
+    return len(rows) - len({_content(windows, row) for row in rows.values()})
+
+
 def _units(windows: list[Window]) -> list[list[int]]:
-    # a short text must still give some twenty units; rows that are many enough stay whole
-    many = len({window.row for window in windows}) >= _ENOUGH
-    block = MAX_BLOCK if many else max(1, min(MAX_BLOCK, len(windows) // _ENOUGH))
-    units: list[list[int]] = []
+    rows = _rows(windows)
+    per_source: dict[str, int] = {}
+    for row in rows.values():
+        source = windows[row[0]].source
+        per_source[source] = per_source.get(source, 0) + 1
+    # a short text must still give some twenty units
+    block = max(1, min(MAX_BLOCK, len(windows) // _ENOUGH))
+    units: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for row in rows.values():
+        size = len(row) if per_source[windows[row[0]].source] >= _ENOUGH else block
+        for start in range(0, len(row), size):
+            part = row[start : start + size]
+            # the same text again must not be fitted on and tested on
+            units.setdefault(_content(windows, part), []).extend(part)
+    return list(units.values())
+
+
+def _rows(windows: list[Window]) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
     for index, window in enumerate(windows):
-        last = units[-1] if units else None
-        if last is not None and windows[last[0]].row == window.row and len(last) < block:
-            last.append(index)
-        else:
-            units.append([index])
-    return units
+        rows.setdefault(window.row, []).append(index)
+    return rows
+
+
+def _content(windows: list[Window], part: list[int]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(windows[i].token_ids) for i in part)

@@ -19,7 +19,7 @@ from llmrl.ats.options import NONE, CalibrateConfig
 from llmrl.ats.report import markdown_table
 from llmrl.base_model import BaseModel, load_base, load_tokenizer, reference_for
 from llmrl.errors import ModelError, UsageError
-from llmrl.files import write_json
+from llmrl.files import looks_like_file, write_json
 from llmrl.heads import (
     HEADS_FILE,
     HeadsConfig,
@@ -29,6 +29,7 @@ from llmrl.heads import (
     load_head_tensors,
 )
 from llmrl.modeling import read_heads_config, read_tensors
+from llmrl.training.distributed import check_processes
 from llmrl.training.tracking import progress_bar
 
 
@@ -41,6 +42,7 @@ def verify(config: CalibrateConfig) -> dict[str, Any]:
     folder = Path(str(config.verify)).expanduser()
     if not folder.is_dir():
         raise UsageError(f"not found: {folder} (--verify)")
+    check_processes(1, announce=False)  # one pass over new data; several processes would each do all of it
     say = printer(config)
     spec = read_heads_config(folder)
     rows = read_rows(config.data)
@@ -87,19 +89,18 @@ def verify(config: CalibrateConfig) -> dict[str, Any]:
 def _load_and_check(config: CalibrateConfig, folder: Path, spec: HeadsConfig) -> BaseModel:
     own_tokenizer = load_tokenizer(folder)
     name = config.model or (str(folder) if spec.merged else spec.base.model)
-    try:
-        base = load_base(
-            name,
-            dtype=config.dtype,
-            device=config.device,
-            revision=None if config.model else spec.base.revision,
-            without_heads=name == str(folder),
-        )
-    except UsageError as error:
+    if config.model is None and looks_like_file(name) and not Path(name).exists():
         raise ModelError(
             f"the base model of {folder} is not at {name}\n"
             "put it there, or name where it is: llmrl calibrate BASE --verify DIR --data FILE"
-        ) from error
+        )
+    base = load_base(
+        name,
+        dtype=config.dtype,
+        device=config.device,
+        revision=None if config.model else spec.base.revision,
+        without_heads=name == str(folder),
+    )
     check_same_base(base.reference, spec.base, folder)
     # the folder's own tokenizer is the one vLLM encodes with
     own = replace(reference_for(str(folder), base.folder, own_tokenizer), weights=spec.base.weights)

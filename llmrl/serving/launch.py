@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
     folder = Path(argv[0]).expanduser()
     if not folder.is_dir():
         raise UsageError(f"not found: {folder} (a folder that llmrl calibrate wrote)")
+    check_options(argv[1:])
     check_vllm()
     check_plugin()
     check_folder(folder)
@@ -96,6 +97,23 @@ def check_folder(folder: Path) -> None:
         check_model_folder(base)
     found = reference_for(str(base), local_folder(base, revision=spec.base.revision), load_tokenizer(folder))
     check_same_base(found, spec.base, folder)
+
+
+# options under which the folder would no longer be what its heads were fitted on, or its heads would not be asked
+_REFUSED = {
+    "--tokenizer": "the head was fitted with the folder's own tokenizer",
+    "--chat-template": "the head was fitted with the folder's own chat template",
+    "--hf-overrides": "the head was fitted on the base's own configuration",
+    "--speculative-config": "a drafter would propose from logits without the head",
+}
+
+
+def check_options(options: list[str]) -> None:
+    """Refuse options of `vllm serve` that do not go together with a fitted head."""
+    for option in options:
+        name = option.split("=")[0].replace("_", "-")
+        if name in _REFUSED:
+            raise UsageError(f"{name} cannot be used with a folder llmrl wrote: {_REFUSED[name]}; leave it out, or serve the base")
 
 
 def server_command(folder: Path, options: list[str]) -> list[str]:

@@ -62,7 +62,13 @@ def join_processes() -> None:
     if world_size() > 1 and _process_group() is None:
         import torch
 
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        except ValueError as error:
+            raise DistributedError(
+                f"WORLD_SIZE says {world_size()} processes, but no launcher set the rest ({str(error).splitlines()[0]})\n"
+                "start with torchrun or accelerate launch, or unset WORLD_SIZE"
+            ) from error
 
 
 def barrier() -> None:
