@@ -2,7 +2,8 @@
 
 The unit that is dealt out is a row where a file has 24 or more; of a file with fewer, a block of up to 14 consecutive windows
 of a row, so that a test window's immediate neighbours are mostly test windows too. Rows with the same tokens make one unit.
-Units of each file are shuffled and dealt in a low-discrepancy order, so every file is in every part in the same proportion.
+Units of each file are shuffled, then each goes to the part that lags most behind its share of the tokens, so every file is in
+every part in the same proportion.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from llmrl.ats.data import Window
 from llmrl.errors import DataError
 
 FIT, VALIDATION, TEST = "fit", "validation", "test"
-_SHARES = ((0.50, FIT), (0.65, VALIDATION), (1.0, TEST))
-_GOLDEN = 0.6180339887498949
+_SHARES = {FIT: 0.50, VALIDATION: 0.15, TEST: 0.35}
 MAX_BLOCK = 14
 _ENOUGH = 24
 
@@ -46,14 +46,16 @@ def split_windows(windows: list[Window], seed: int) -> Split:
     for unit in units:
         by_source.setdefault(windows[unit[0]].source, []).append(unit)
     parts: dict[str, list[int]] = {FIT: [], VALIDATION: [], TEST: []}
-    position = 0
+    tokens = dict.fromkeys(parts, 0)
     for source in by_source.values():
         rng.shuffle(source)
         for unit in source:
-            place = (position * _GOLDEN) % 1.0
-            part = next(name for share, name in _SHARES if place < share)
+            size = sum(sum(windows[i].scored) for i in unit)
+            total = sum(tokens.values()) + size
+            # to the part that lags most: every stretch of units, hence every file, is shared out in proportion of tokens
+            part = max(parts, key=lambda name: _SHARES[name] * total - tokens[name])
             parts[part].extend(unit)
-            position += 1
+            tokens[part] += size
     return Split(sorted(parts[FIT]), sorted(parts[VALIDATION]), sorted(parts[TEST]))
 
 

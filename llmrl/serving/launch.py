@@ -113,7 +113,7 @@ def check_options(options: list[str]) -> None:
     for option in options:
         name = option.split("=")[0].replace("_", "-")
         if name in _REFUSED:
-            raise UsageError(f"{name} cannot be used with a folder llmrl wrote: {_REFUSED[name]}; leave it out, or serve the base")
+            raise UsageError(f"{name} cannot be used here: {_REFUSED[name]}; leave it out, or serve the base")
 
 
 def server_command(folder: Path, options: list[str]) -> list[str]:
