@@ -104,10 +104,10 @@ class HeadsModelMixin:
             kwargs["revision"] = spec.base.revision
         folder = local_folder(name, **hub)
         kwargs.update(use_safetensors=True, trust_remote_code=False)
-        if getattr(config, "attn_logit_softcapping", None):
-            kwargs.setdefault(
-                "attn_implementation", "eager"
-            )  # the default, sdpa, leaves the soft-cap out; vLLM does not
+        # the auto classes hand the caller's choice over inside `config`
+        if getattr(config, "attn_logit_softcapping", None) and not getattr(config, "_attn_implementation", None):
+            # the default, sdpa, leaves the soft-cap out; vLLM does not
+            kwargs.setdefault("attn_implementation", "eager")
         try:
             model = super().from_pretrained(source, *args, config=config, **kwargs)  # type: ignore[misc]
         except OSError as error:

@@ -10,6 +10,7 @@ from llmrl.base_model import (
     DEFAULT_MAX_LENGTH,
     check_model_folder,
     context_length,
+    greedy_config,
     load_base,
     load_tokenizer,
     reference_for,
@@ -157,3 +158,43 @@ def test_context_length_is_the_least_of_model_tokenizer_and_default(stories_dir)
 def test_reference_for_is_json(stories_dir, stories_tokenizer):
     reference = reference_for("base", stories_dir, stories_tokenizer, "abc")
     assert json.loads(json.dumps(vars(reference)))["revision"] == "abc"
+
+
+def test_load_base_device_that_is_none(stories_dir):
+    for name in ("foo", "cuda:99"):
+        with pytest.raises(UsageError, match=f"--device {name} cannot be used here: ") as error:
+            load_base(str(stories_dir), device=name)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_load_base_attends_eagerly_where_attention_logits_are_capped(tiny_model, tmp_path):
+    """transformers' default attention leaves Gemma 2's cap out."""
+    folder = shutil.copytree(tiny_model("gemma2"), tmp_path / "gemma2")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "attn_logit_softcapping": 0.3}))
+    base = load_base(str(folder), device="cpu")
+    assert base.model.config._attn_implementation == "eager"
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    other = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    with torch.inference_mode():
+        assert base.model(IDS).logits.equal(eager(IDS).logits)
+        assert not torch.allclose(other(IDS).logits, eager(IDS).logits, atol=1e-3)
+    assert load_base(str(tiny_model("llama")), device="cpu").model.config._attn_implementation != "eager"
+
+
+def test_greedy_config_has_no_penalties_of_the_checkpoint(copied):
+    stops = {"eos_token_id": [2, 7]}
+    (copied / "generation_config.json").write_text(
+        json.dumps({"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.6, "no_repeat_ngram_size": 2, **stops})
+    )
+    model = AutoModelForCausalLM.from_pretrained(copied).eval()
+    assert model.generation_config.repetition_penalty == 1.3
+    options = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    found = model.generate(**options, generation_config=greedy_config(model, 20))[0, IDS.shape[1] :].tolist()
+    ids = IDS[0].tolist()
+    with torch.inference_mode():
+        while len(ids) < IDS.shape[1] + 20 and ids[-1] not in (2, 7):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert found == ids[IDS.shape[1] :]
+    model.generation_config.do_sample = False
+    assert model.generate(**options, max_new_tokens=20, pad_token_id=0)[0, IDS.shape[1] :].tolist() != found

@@ -252,3 +252,32 @@ def test_parse_config_bare_switch_leaves_the_positional_alone():
     for argv in (["--merge", "MODEL"], ["MODEL", "--merge"], ["--merge", "true", "MODEL"]):
         found = parse_config(Options, argv, prog="p", description="d", positional="model")
         assert (found.model, found.merge) == ("MODEL", True), argv
+
+
+def test_load_config_file_refuses_a_key_that_stands_there_twice(parse_file):
+    with pytest.raises(ConfigError, match=r"c\.yaml: key 'lora_r' stands there twice; remove one"):
+        parse_file("model: a\nlora_r: 4\nloss: nll\nlora_r: 8\n")
+
+
+def test_parse_config_a_file_whose_name_has_a_comma_is_one_value(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b.txt").write_text("x")
+    assert parse("base", "--data", "a,b.txt").data == ["a,b.txt"]
+    assert parse("base", "--data", "a,b.txt", "c,d.txt").data == ["a,b.txt", "c", "d.txt"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("merge", True), ("check_serving", True), ("overwrite", True), ("num_seeds", 2), ("resume_from_checkpoint", "latest")],
+)
+def test_calibrate_config_verify_takes_no_option_of_a_fit(option, value):
+    CalibrateConfig(verify="DIR", data=["x"])
+    with pytest.raises(UsageError, match=f"--{option} has no meaning with --verify"):
+        CalibrateConfig(verify="DIR", data=["x"], **{option: value})
+
+
+def test_calibrate_config_resume_takes_no_path():
+    for value in (None, "latest", "true"):
+        CalibrateConfig(model="m", data=["x"], output_dir="o", resume_from_checkpoint=value)
+    with pytest.raises(UsageError, match="--resume_from_checkpoint out/checkpoint-3: write it without a value"):
+        CalibrateConfig(model="m", data=["x"], output_dir="o", resume_from_checkpoint="out/checkpoint-3")

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 
@@ -60,8 +61,30 @@ def test_run_command_error_without_words(capsys):
 def test_run_command_interrupted(capsys):
     assert run_command(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == (
-        "llmrl: interrupted: run the same command with --resume_from_checkpoint to go on\n"
+        "llmrl: interrupted: finished parts are kept; the same command goes on (--resume_from_checkpoint)\n"
     )
+
+
+def test_run_command_terminated_cleans_up_and_exits_143(tmp_path):
+    code = (
+        "import sys, time\nfrom llmrl.errors import run_command\nfrom llmrl.files import staging_folder\n"
+        "def command():\n"
+        "    with staging_folder(sys.argv[1]) as staging:\n"
+        "        (staging / 'half').write_text('x')\n"
+        "        print('ready', flush=True)\n        time.sleep(60)\n"
+        "sys.exit(run_command(command))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    assert [path.name for path in tmp_path.iterdir()] == [".out.tmp"]
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM == 143
+    assert err.startswith("llmrl: interrupted: ")
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [errors.DataError("bad row"), ZeroDivisionError("x")])

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_atomic_folder_appears_whole_with_its_parents(tmp_path):
     with atomic_folder(path) as staging:
         (staging / "x").write_text("1")
         assert staging.parent == path.parent
-        assert staging.name.startswith(".b.tmp-")
+        assert staging.name == ".b.tmp"
         assert not path.exists()
     assert names(path) == ["x"]
     assert path.stat().st_mode & 0o777 == 0o755
@@ -140,17 +141,54 @@ def test_publish_folder_replaces_everything(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_publish_folder_keeps_foreign_files_and_not_those_of_a_run(tmp_path):
-    notes = make(tmp_path / "notes", a="old", notes__md="mine")
-    run = make(tmp_path / "run", a="old", notes__md="mine", config__resolved__yaml="")
-    for path in (notes, run):
-        with staging_folder(path) as staging:
-            make(staging, a="new")
-            publish_folder(staging, path, keep_foreign=True)
-        assert (path / "a").read_text() == "new"
-    assert names(notes) == ["a", "notes.md"]
-    assert names(run) == ["a"]
-    assert names(tmp_path) == ["notes", "run"]
+def test_publish_folder_keeps_files_of_others_and_drops_stale_ones(tmp_path):
+    path = make(tmp_path / "out", a="old", notes__md="mine", old__bin="stale", config__resolved__yaml="")
+    make(path / "plots", a="old", mine__png="mine", second__bin="stale")
+    make(path / "theirs", deep__bin="mine")
+    with staging_folder(path) as staging:
+        make(staging, a="new")
+        make(staging / "plots", a="new")
+        publish_folder(staging, path, stale=("*.bin",))
+    assert names(path) == ["a", "config.resolved.yaml", "notes.md", "plots", "theirs"]
+    assert names(path / "plots") == ["a", "mine.png"]
+    assert [(path / name).read_text() for name in ("a", "plots/a", "notes.md", "plots/mine.png")] == [
+        "new", "new", "mine", "mine",
+    ]  # fmt: skip
+    assert (path / "theirs" / "deep.bin").read_text() == "mine"  # a folder of others is taken as a whole
+    assert names(tmp_path) == ["out"]
+
+
+def test_publish_folder_fills_an_empty_folder_that_stays_the_same_one(tmp_path):
+    path = make(tmp_path / "out")
+    number = path.stat().st_ino
+    with staging_folder(path) as staging:
+        make(staging, a="new", report__json="{}")
+        make(staging / "plots", b="new")
+        publish_folder(staging, path, stale=())
+    assert path.stat().st_ino == number
+    assert names(path) == ["a", "plots", "report.json"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_publish_folder_into_an_empty_folder_moves_the_report_last(tmp_path, monkeypatch):
+    path, moved = make(tmp_path / "out"), []
+    real = shutil.move
+    monkeypatch.setattr(shutil, "move", lambda source, target: moved.append(source.name) or real(source, target))
+    with staging_folder(path) as staging:
+        make(staging, zz="", report__json="{}", a="")
+        publish_folder(staging, path)
+    assert len(moved) == 3
+    assert moved[-1] == "report.json"
+
+
+def test_staging_folder_removes_what_a_killed_run_left(tmp_path):
+    left = make(tmp_path / ".out.tmp", half="x")
+    make(left / "plots", half="x")
+    other = make(tmp_path / ".other.tmp", half="x")
+    with staging_folder(tmp_path / "out") as staging:
+        assert staging == left
+        assert names(staging) == []
+    assert names(tmp_path) == [other.name]
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3])  # the old folder away, the new one in place, the notes back
@@ -167,7 +205,7 @@ def test_publish_folder_interrupted_at_any_rename_loses_no_foreign_file(failing,
     def publish():
         with staging_folder(path) as staging:
             make(staging, a="new")
-            publish_folder(staging, path, keep_foreign=True)
+            publish_folder(staging, path, stale=())
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", rename)
@@ -187,10 +225,8 @@ def test_check_output_dir_cases(tmp_path):
         assert check_output_dir(fine, overwrite=False) == fine
         assert fine.exists() == (fine == empty)  # nothing is made yet
     assert check_output_dir(full, overwrite=True) == full
-    assert check_output_dir(str(full), overwrite=False, resume=True) == full
-    with pytest.raises(
-        OutputError, match=r"full is not empty; --overwrite replaces .* --resume_from_checkpoint goes on"
-    ):
+    assert check_output_dir(str(full), overwrite=True) == full
+    with pytest.raises(OutputError, match=r"full is not empty; --overwrite replaces what llmrl writes in it"):
         check_output_dir(full, overwrite=False)
     with pytest.raises(OutputError, match="file is a file; name a folder"):
         check_output_dir(tmp_path / "file", overwrite=True)
@@ -198,9 +234,25 @@ def test_check_output_dir_cases(tmp_path):
         check_output_dir(tmp_path / "file" / "deeper", overwrite=True)
 
 
-def test_check_output_dir_expands_home(tmp_path, monkeypatch):
+def test_check_output_dir_returns_the_real_place(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert check_output_dir("~/out", overwrite=False) == tmp_path / "out"
+    empty = make(tmp_path / "empty")
+    (tmp_path / "link").symlink_to(empty)
+    assert check_output_dir(tmp_path / "link", overwrite=False) == empty
+    monkeypatch.chdir(empty)
+    for here in (".", "", "../empty", "new/.."):
+        assert check_output_dir(here, overwrite=False) == empty
+    make(empty, a="x")
+    with pytest.raises(OutputError, match="empty is not empty"):
+        check_output_dir(tmp_path / "link", overwrite=False)
+
+
+def test_check_output_dir_refuses_a_mount_point_in_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    assert check_output_dir(make(tmp_path / "in"), overwrite=True) == tmp_path / "in"
+    with pytest.raises(OutputError, match="is a mount point that is not empty; name a folder in it"):
+        check_output_dir(tmp_path, overwrite=True)
 
 
 def test_check_output_dir_not_writable(tmp_path, monkeypatch):

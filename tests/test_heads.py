@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from dataclasses import replace
@@ -27,6 +28,7 @@ from llmrl.heads import (
     fingerprint_weights,
     load_head_tensors,
     save_head_tensors,
+    weight_files,
 )
 from llmrl.modeling import read_heads_config, read_tensors
 
@@ -341,6 +343,74 @@ def test_fingerprint_weights_without_weights(tmp_path):
         fingerprint_weights(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight"])
+def test_fingerprint_weights_sees_one_row_of_a_large_embedding(name, tmp_path):
+    embedding = torch.randn(2200, 500, generator=torch.Generator().manual_seed(1))
+    assert embedding.numel() * 4 > 4 << 20
+    plain = fingerprint(tmp_path, {name: embedding})
+    for entry in (1, 1237, 2198):
+        assert fingerprint(tmp_path, changed({name: embedding}, name, set_at((entry, 3), 1e-4))) != plain
+
+
+def with_config(folder, weights, **fields):
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+    config = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 1e4}, "use_cache": True}
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return fingerprint_weights(folder)
+
+
+def test_fingerprint_weights_sees_the_configuration(weights, tmp_path):
+    plain = with_config(tmp_path, weights)
+    for field in (
+        {"rope_parameters": {"rope_theta": 1e5}},
+        {"rms_norm_eps": 1e-6},
+        {"sliding_window": 16},
+        {"final_logit_softcapping": 30.0},
+        {"tie_word_embeddings": True},
+    ):
+        assert with_config(tmp_path, weights, **field) != plain, field
+    (tmp_path / "config.json").unlink()
+    assert fingerprint_weights(tmp_path) != plain
+
+
+def test_fingerprint_weights_leaves_out_what_changes_no_number(weights, tmp_path):
+    plain = with_config(tmp_path, weights)
+    for field in (
+        {"transformers_version": "9.9"},
+        {"use_cache": False},
+        {"torch_dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"_name_or_path": "elsewhere"},
+        {"pad_token_id": 3, "eos_token_id": [2, 5]},
+        {"model_type": "llmrl", "architectures": ["LlmrlLlamaForCausalLM"], "llmrl": {"format": 1}},
+    ):
+        assert with_config(tmp_path, weights, **field) == plain, field
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=7))
+    assert fingerprint_weights(tmp_path) == plain
+
+
+def test_fingerprint_weights_reads_the_files_a_loader_reads(weights, tmp_path):
+    one, two = {k: weights[k] for k in ("norm", "big")}, {k: weights[k] for k in ("embed", "step")}
+    save_file(one, tmp_path / "model-1.safetensors")
+    save_file(two, tmp_path / "model-2.safetensors")
+    names = dict.fromkeys(one, "model-1.safetensors") | dict.fromkeys(two, "model-2.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    indexed = fingerprint_weights(tmp_path)
+    # the same weights once more in the layout of another program
+    save_file({"norm.weight": weights["norm"]}, tmp_path / "consolidated.safetensors")
+    assert fingerprint_weights(tmp_path) == indexed
+    assert [file.name for file in weight_files(tmp_path)] == ["model-1.safetensors", "model-2.safetensors"]
+    (tmp_path / "single").mkdir()
+    save_file(weights, tmp_path / "single" / "model.safetensors")
+    save_file({"norm.weight": weights["norm"]}, tmp_path / "single" / "consolidated.safetensors")
+    assert fingerprint_weights(tmp_path / "single") == indexed
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lacks model-2\.safetensors, which its index names"):
+        fingerprint_weights(tmp_path)
+
+
 def edited_tokenizer(folder, tmp_path, edit):
     from transformers import AutoTokenizer
 
@@ -364,8 +434,13 @@ def swap_two_tokens(tokenizer, _):
         lambda tokenizer, config: config.update(eos_token="<unk>"),
         lambda tokenizer, config: tokenizer.update(post_processor=None),
         lambda tokenizer, config: tokenizer.update(normalizer={"type": "Lowercase"}),
+        # none of the probe texts shows these two
+        lambda tokenizer, config: tokenizer["model"]["merges"].reverse(),
+        lambda tokenizer, config: tokenizer["normalizer"]["normalizers"].append(
+            {"type": "Replace", "pattern": {"String": "\u0103"}, "content": "a"}
+        ),
     ],
-    ids=["vocabulary", "special token", "no BOS", "normalizer"],
+    ids=["vocabulary", "special token", "no BOS", "normalizer", "merges", "rare letter"],
 )
 def test_fingerprint_tokenizer_sees_a_change(edit, stories_dir, stories_tokenizer, tmp_path):
     edited = edited_tokenizer(stories_dir, tmp_path, edit)
@@ -379,6 +454,14 @@ def test_fingerprint_tokenizer_is_the_same_after_saving(stories_tokenizer, tmp_p
     saved = AutoTokenizer.from_pretrained(tmp_path)
     assert fingerprint_tokenizer(saved) == fingerprint_tokenizer(stories_tokenizer)
     assert fingerprint_template(saved) == fingerprint_template(stories_tokenizer)
+
+
+def test_fingerprint_tokenizer_does_not_mind_padding_and_truncation(stories_dir, stories_tokenizer):
+    tokenizer = copy.deepcopy(stories_tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=3)
+    assert fingerprint_tokenizer(tokenizer) == fingerprint_tokenizer(stories_tokenizer)
 
 
 def test_fingerprint_template_sees_a_change():
@@ -395,10 +478,13 @@ def test_fingerprint_template_sees_a_change():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"weights": "x"}, "the base model's weights of other differ"),
+        ({"weights": "x"}, "the base model's weights or configuration of other differ"),
         ({"tokenizer": "x"}, "the tokenizer of other differ"),
         ({"template": "x"}, "the chat template of other differ"),
-        ({"weights": "x", "template": "y"}, "the base model's weights and the chat template of other differ"),
+        (
+            {"weights": "x", "template": "y"},
+            "the base model's weights or configuration and the chat template of other differ",
+        ),
     ],
 )
 def test_check_same_base_names_what_differs(changes, named):

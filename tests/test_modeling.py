@@ -23,6 +23,12 @@ def load(folder, **kwargs):
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
 
 
+def bare(folder, **kwargs):
+    """The base, attending as its heads' model does: eagerly where attention logits are capped."""
+    capped = json.loads((folder / "config.json").read_text()).get("attn_logit_softcapping")
+    return load(folder, **({"attn_implementation": "eager"} if capped else {}), **kwargs)
+
+
 def logits_of(model, ids=IDS, **kwargs):
     with torch.inference_mode():
         return model(input_ids=ids, **kwargs).logits
@@ -121,7 +127,7 @@ def finish(started):
 
 
 def test_from_pretrained_logits_are_the_bases_times_the_multiplier(any_model, save_head, tmp_path):
-    base = load(any_model)
+    base = bare(any_model)
     for merged in (False, True):
         folder = tmp_path / str(merged)
         heads = save_head(any_model, folder, merged=merged)
@@ -138,7 +144,7 @@ def test_from_pretrained_logits_are_the_bases_times_the_multiplier(any_model, sa
 def test_from_pretrained_unfitted_head_is_the_base_bit_for_bit(dtype, any_model, save_head, tmp_path):
     save_head(any_model, tmp_path, zero=True)
     found = logits_of(load(tmp_path, dtype=dtype))
-    assert found.equal(logits_of(load(any_model, dtype=dtype)).float())
+    assert found.equal(logits_of(bare(any_model, dtype=dtype)).float())
 
 
 def test_from_pretrained_bfloat16_keeps_the_head_in_float32(llama, folders):
@@ -203,7 +209,7 @@ def generate(model, ids=IDS, **kwargs):
 
 def test_generate_greedy_ids_are_the_bases(any_model, save_head, tmp_path):
     save_head(any_model, tmp_path)
-    assert generate(load(tmp_path)).sequences.equal(generate(load(any_model)).sequences)
+    assert generate(load(tmp_path)).sequences.equal(generate(bare(any_model)).sequences)
 
 
 def test_generate_greedy_ids_are_the_bases_in_bfloat16(llama, folders):
@@ -331,7 +337,7 @@ def test_from_pretrained_wrong_base_weights(llama, save_head, tmp_path):
         other.model.norm.weight[5] += 0.01
     other.save_pretrained(base)
     with pytest.raises(
-        HeadMismatchError, match=r"the head in .*head was fitted on another base: the weights in .*base differ"
+        HeadMismatchError, match=r"the head in .*head was fitted on another base: the weights or .* in .*base differ"
     ):
         load(tmp_path / "head")
 
@@ -355,6 +361,58 @@ def test_from_pretrained_missing_base_is_one_clear_error(where, llama, save_head
     lines = str(error.value).splitlines()
     assert lines[0].startswith(f"the base model of {tmp_path / 'head'} cannot be read at {place}: ")
     assert lines[1] == f"put it there, or change llmrl.base.model in {tmp_path / 'head' / 'config.json'}"
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_from_pretrained_never_reads_a_pickle(merged, llama, save_head, tmp_path, monkeypatch):
+    base = shutil.copytree(llama, tmp_path / "base")
+    save_head(base, tmp_path / "head", merged=merged)
+    source = tmp_path / ("head" if merged else "base")
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    asked = []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: asked.append(args) or pytest.fail("a pickle was read"))
+    with pytest.raises((ModelError, OSError), match=r"model\.safetensors"):
+        load(tmp_path / "head")
+    with pytest.raises((ModelError, OSError), match=r"model\.safetensors"):
+        load(tmp_path / "head", use_safetensors=False)  # asking for it does not help
+    assert asked == []
+
+
+def test_from_pretrained_attends_eagerly_where_attention_logits_are_capped(tiny_model, save_head, tmp_path):
+    base = shutil.copytree(tiny_model("gemma2"), tmp_path / "base")
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**fields, "attn_logit_softcapping": 0.3}))
+    for merged in (False, True):
+        save_head(base, tmp_path / str(merged), merged=merged)
+        model = load(tmp_path / str(merged))
+        assert model.config._attn_implementation == "eager"
+        assert logits_of(model).equal(logits_of(load(tmp_path / str(merged), attn_implementation="eager")))
+        asked = load(tmp_path / str(merged), attn_implementation="sdpa")
+        assert asked.config._attn_implementation == "sdpa"
+        assert not torch.allclose(logits_of(asked), logits_of(model), atol=1e-3)
+
+
+def test_save_heads_folder_dtype_is_the_one_the_heads_were_fitted_in(llama, folders, tmp_path):
+    spec, tokenizer = read_heads_config(folders["merged"]), AutoTokenizer.from_pretrained(llama)
+    for dtype, name in ((None, "float32"), ("bfloat16", "bfloat16")):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_heads_folder(folder, folders["heads"], spec, tokenizer, llama, dtype)
+        fields = json.loads((folder / "config.json").read_text())
+        assert fields["dtype"] == name
+        assert "torch_dtype" not in fields
+        model = load(folder)
+        assert str(model.dtype) == f"torch.{name}"
+        assert model.llmrl_heads["temperature"].weight.dtype == torch.float32
+
+
+def test_save_heads_folder_copies_only_the_files_a_loader_reads(llama, save_head, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
+    save_head(base, tmp_path / "merged", merged=True)
+    assert {path.name for path in (tmp_path / "merged").glob("*.safetensors")} == {"model.safetensors", HEADS_FILE}
+    load(tmp_path / "merged")
 
 
 def test_from_pretrained_without_the_head_file(folders, tmp_path):

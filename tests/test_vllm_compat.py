@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def fresh_cache():
     """Each test sees the packages as it left them, and leaves nothing behind."""
-    caches = (vllm_compat._problem, vllm_compat._vllm)
+    caches = (vllm_compat._problem, vllm_compat._vllm, vllm_compat.vllm_architectures)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -289,3 +289,43 @@ def test_patch_cpu_lora_is_done_once(lora_modules):
     assert all(not hasattr(op.__wrapped__, "__wrapped__") for op in once)
     assert vllm_compat.patch_cpu_lora() is True
     assert once == [getattr(m, n) for m in lora_modules for n in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")]
+
+
+def test_vllm_architectures_of_the_installed_vllm():
+    if vllm_compat.vllm_build() is None:
+        pytest.skip("no vLLM")
+    found = vllm_compat.vllm_architectures()
+    assert {"LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel"} <= found
+    assert "NopeForCausalLM" not in found
+
+
+def test_vllm_architectures_are_read_without_importing(monkeypatch, tmp_path):
+    package = tmp_path / "vllm"
+    (package / "model_executor" / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError")
+    registry = package / "model_executor" / "models" / "registry.py"
+    registry.write_text("_ONE = {'AForCausalLM': ('a', 'A')}\n_TWO = {**_ONE, 'BForCausalLM': ('b', 'B')}\n_X = {1: 2}\n")
+    spec = SimpleNamespace(origin=str(package / "__init__.py"))
+    monkeypatch.setattr(vllm_compat.importlib.util, "find_spec", lambda name: spec)
+    assert vllm_compat.vllm_architectures() == {"AForCausalLM", "BForCausalLM"}
+
+
+def test_vllm_architectures_without_vllm(monkeypatch):
+    monkeypatch.setattr(vllm_compat.importlib.util, "find_spec", lambda name: None)
+    assert vllm_compat.vllm_architectures() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("build", "architecture", "expected"),
+    [
+        (None, "AForCausalLM", "not installed"),
+        ("cpu", "AForCausalLM", "architecture known"),
+        ("cuda", "BForCausalLM", "vLLM has no BForCausalLM: it will not serve this folder"),
+    ],
+)
+def test_calibrate_report_says_whether_vllm_can_serve(build, architecture, expected, monkeypatch):
+    from llmrl.ats import calibrate
+
+    monkeypatch.setattr(calibrate, "vllm_build", lambda: build)
+    monkeypatch.setattr(calibrate, "vllm_architectures", lambda: frozenset({"AForCausalLM"}))
+    assert calibrate._vllm_status(SimpleNamespace(architecture=architecture)) == expected

@@ -90,7 +90,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         _write_extras(staging, config, report)
         publish_folder(staging, output_dir, stale=_STALE)
     shutil.rmtree(partial, ignore_errors=True)
-    _show(report, output_dir, say)
+    _show(report, Path(str(config.output_dir)), say)
     return report
 
 

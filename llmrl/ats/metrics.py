@@ -135,14 +135,18 @@ def _bootstrap_auroc(p: Predictions, window: NDArray[np.int64], weights: Array) 
         return np.where(pairs > 0, (positives * below).sum(1) / pairs, np.nan)
 
 
-def interval(value: float, draws: Array, floor: float | None = 0.0) -> dict[str, float]:
-    """Return `value` with its 95% basic bootstrap interval, widened to hold `value` and cut at `floor`."""
+def interval(value: float, draws: Array, floor: float | None = 0.0, ceiling: float | None = None) -> dict[str, float]:
+    """Return `value` with its 95% basic bootstrap interval, widened to hold `value`, cut at `floor` and `ceiling`."""
     finite = draws[np.isfinite(draws)]
     if len(finite) == 0 or not np.isfinite(value):
         return {"value": value, "low": float("nan"), "high": float("nan")}
     lower, upper = np.percentile(finite, [2.5, 97.5]).tolist()
     low, high = min(value, 2 * value - upper), max(value, 2 * value - lower)
-    return {"value": value, "low": low if floor is None else max(floor, low), "high": high}
+    return {
+        "value": value,
+        "low": low if floor is None else max(floor, low),
+        "high": high if ceiling is None else min(ceiling, high),
+    }
 
 
 def clusters_of(window: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
@@ -177,7 +181,10 @@ def compare_methods(
     points = {name: point_metrics(p) for name, p in predictions.items()}
     samples = {name: bootstrap_metrics(p, weights) for name, p in predictions.items()}
     methods = {
-        name: {metric: interval(points[name][metric], samples[name][metric]) for metric in METRICS}
+        name: {
+            metric: interval(points[name][metric], samples[name][metric], ceiling=None if metric == "nll" else 1.0)
+            for metric in METRICS
+        }
         for name in predictions
     }
     differences = {

@@ -86,7 +86,7 @@ def _verdicts(seeds: list[dict[str, Any]], method: str, reference: str) -> str:
         if len(seeds) == 1:
             parts.append(f"{_TITLES[metric]} {found[0]}")
         else:
-            counts = [f"{found.count(word)} {word}" for word in ("better", "worse", "no different") if word in found]
+            counts = [f"{word} in {found.count(word)}" for word in ("better", "worse", "no different") if word in found]
             parts.append(f"{_TITLES[metric]} {', '.join(counts)} of {len(seeds)} seeds")
     return "; ".join(parts)
 

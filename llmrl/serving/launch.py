@@ -104,14 +104,17 @@ _REFUSED = {
     "--tokenizer": "the head was fitted with the folder's own tokenizer",
     "--chat-template": "the head was fitted with the folder's own chat template",
     "--hf-overrides": "the head was fitted on the base's own configuration",
-    "--speculative-config": "a drafter would propose from logits without the head",
+    **dict.fromkeys(
+        ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"),
+        "a drafter would propose from logits without the head",
+    ),
 }
 
 
 def check_options(options: list[str]) -> None:
     """Refuse options of `vllm serve` that do not go together with a fitted head."""
     for option in options:
-        name = option.split("=")[0].replace("_", "-")
+        name = option.split("=")[0].split(".")[0].replace("_", "-")  # vLLM takes `--hf-overrides.key value` too
         if name in _REFUSED:
             raise UsageError(f"{name} cannot be used here: {_REFUSED[name]}; leave it out, or serve the base")
 

@@ -184,6 +184,16 @@ GOOD = '{"text": "fine"}\n'
         ("a.jsonl", GOOD.encode() + b'{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8 \(byte 27\)"),
         ("a.txt", b"fine\nfine\n\xe9", r"a\.txt:3: not UTF-8"),
         ("a.parquet", "no parquet", r"a\.parquet is not a parquet file"),
+        ("a.jsonl", GOOD + '{"text": "a\\ud800b"}', r"a\.jsonl:2: half of a surrogate pair in the text"),
+        ("a.jsonl", '{"prompt": "a", "completion": "\\udc00"}', r"a\.jsonl:1: half of a surrogate pair"),
+        (
+            "a.jsonl",
+            GOOD + '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\\ud83d"}]}',
+            r"a\.jsonl:2: half of a surrogate pair",
+        ),
+        ("a.jsonl", GOOD + '{"text": "a", "id": ' + "7" * 5000 + "}", r"a\.jsonl:2: not JSON that can be read \("),
+        ("a.jsonl", GOOD + "[" * 100_000, r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", GOOD + '{"text": ' + '{"a": ' * 100_000, r"a\.jsonl:2: not JSON"),
         ("a.csv", "text\nhi\n", r"a\.csv: unknown kind of file; expected one of \.jsonl"),
     ],
 )
@@ -327,6 +337,34 @@ def test_make_windows_messages_generation_prompt_that_finished_turns_lack(plain)
     (found,) = make_windows([row(messages=[QUESTION, ANSWER])], tokenizer, 500).windows
     assert scored_text(tokenizer, found).endswith("Paris<|im_end|>\n")
     assert "What is the capital" not in scored_text(tokenizer, found)
+
+
+def test_make_windows_messages_generation_prompt_that_ends_in_a_space(plain):
+    """The space and the answer's first word are one token: the header stays out of what is scored."""
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer = with_template(plain, template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    assert plain("x Paris")["input_ids"][1:] == plain(" Paris")["input_ids"]
+    two = [QUESTION, ANSWER, QUESTION, {"role": "assistant", "content": "The mat"}]
+    (found,) = make_windows([row(messages=two)], tokenizer, 500).windows
+    assert tokenizer.decode(found.token_ids) == tokenizer.apply_chat_template(two, tokenize=False)
+    assert scored_text(tokenizer, found) == " Paris\nThe mat\n"
+
+
+def test_make_windows_messages_counts_turns_the_template_does_not_let_score(plain):
+    # the first turn answers nothing
+    chatml = with_template(plain, CHATML)
+    opening = [ANSWER, QUESTION, ANSWER]
+    rows = [row(messages=[QUESTION, ANSWER])] * 2 + [row(messages=opening), row(messages=[ANSWER])]
+    found = make_windows(rows, chatml, 500)
+    assert found.excluded == {"part_of_row_turn_not_scored": 1, "turn_not_scored": 1}
+    assert [w.row for w in found.windows] == [0, 1, 2]
+    # what the second turn follows is not what was there before it
+    counting = with_template(plain, "{{ [messages | length, 3] | max }} " + CHATML)
+    found = make_windows([row(messages=CHAT[1:])] * 2, counting, 500)
+    assert found.excluded == {"part_of_row_turn_not_scored": 2}
+    assert [scored_text(counting, w) for w in found.windows] == ["<think>hm</think>Paris<|im_end|>\n"] * 2
+    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used \(turn_not_scored 2\)"):
+        make_windows([row(messages=[QUESTION, ANSWER])] * 2, with_template(plain, "{{ messages | length }}" + CHATML), 9)
 
 
 def test_make_windows_messages_without_a_template(plain):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,10 +7,12 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from llmrl.ats.metrics import (
     METRICS,
+    MIN_CLUSTERS,
     Predictions,
     auroc,
     bootstrap_metrics,
     calibration_error,
+    clusters_of,
     compare_methods,
     draw_weights,
     equal_mass_bins,
@@ -219,12 +222,70 @@ def test_compare_methods_same_seed_same_intervals():
     assert compare_methods({"a": p}, seed=3) != compare_methods({"a": p}, seed=4)
 
 
-def test_interval_is_centred_on_the_value_and_skips_nan_draws():
+def test_interval_mirrors_the_percentiles_on_the_value_and_skips_nan_draws():
     draws = np.concatenate([np.linspace(0.0, 1.0, 101), [np.nan] * 5])
     found = interval(0.4, draws, floor=None)
-    assert found["low"] == pytest.approx(0.4 - 0.475)
-    assert found["high"] == pytest.approx(0.4 + 0.475)
+    assert found["low"] == pytest.approx(2 * 0.4 - 0.975)
+    assert found["high"] == pytest.approx(2 * 0.4 - 0.025)
     assert interval(0.4, draws)["low"] == 0.0
+    assert interval(0.6, draws)["high"] == pytest.approx(1.175)
+    assert interval(0.6, draws, ceiling=1.0)["high"] == 1.0
+
+
+@pytest.mark.parametrize("value", [0.1, 0.9])
+def test_interval_is_widened_to_hold_its_value(value):
+    draws = np.linspace(0.4, 0.6, 101)
+    found = interval(value, draws, floor=None)
+    # all draws lie on one side of the value, so their mirror image does too
+    if value < 0.4:
+        assert (found["high"], found["low"]) == (value, pytest.approx(2 * value - 0.595))
+    else:
+        assert (found["low"], found["high"]) == (value, pytest.approx(2 * value - 0.405))
+
+
+@pytest.mark.parametrize(("truth", "tokens"), [(0.02, 3000), (0.01, 8000)])
+def test_interval_covers_the_true_ece(truth, tokens):
+    """Every bin is too sure of itself by `truth`; a percentile interval centred on the value covers it 73% and 68%."""
+    hits, repetitions = 0, 200
+    for repetition in range(repetitions):
+        rng = np.random.default_rng(repetition)
+        confidence = 0.1 + 0.85 * rng.beta(3, 2, tokens)
+        p = predictions(confidence, rng.random(tokens) < confidence - truth, np.arange(tokens) * 50 // tokens)
+        found = interval(
+            expected_calibration_error(p.confidence, p.correct),
+            bootstrap_metrics(p, draw_weights(p.window, draws=200, seed=repetition))["ece"],
+        )
+        assert 0 <= found["low"] <= found["value"] <= found["high"]
+        hits += found["low"] <= truth <= found["high"]
+    assert hits >= 0.85 * repetitions
+
+
+def test_compare_methods_of_an_almost_perfect_model_ends_at_one():
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(8, 1, 600)
+    p = predictions(confidence, rng.random(600) < confidence**0.02, np.arange(600) // 20)
+    methods, _ = compare_methods({"a": p}, draws=200)
+    assert methods["a"]["accuracy"]["value"] < methods["a"]["accuracy"]["high"] == 1.0
+
+
+@pytest.mark.parametrize("windows", [1, 2, MIN_CLUSTERS - 1])
+def test_compare_methods_with_few_windows_draws_blocks_of_tokens(windows):
+    p = calibrated(np.random.default_rng(10), 800, windows, tilt=0.2)
+    methods, differences = compare_methods({"a": p, "b": replace(p, nll=p.nll**2)}, draws=200, pairs=[("a", "b")])
+    for metric, score in methods["a"].items():
+        assert 0.001 < score["high"] - score["low"] < 0.5, metric
+    assert differences["a - b"]["nll"]["high"] > differences["a - b"]["nll"]["low"]
+
+
+def test_clusters_of_windows_or_blocks():
+    enough = np.repeat(np.arange(MIN_CLUSTERS), 7)
+    assert clusters_of(enough) == (pytest.approx(enough), "window")
+    found, name = clusters_of(np.repeat(np.arange(MIN_CLUSTERS - 1), 50))
+    assert name == "block of 23 tokens"
+    assert np.bincount(found)[:-1].tolist() == [23] * 41
+    assert (np.diff(found) >= 0).all()
+    # hardly any tokens at all
+    assert clusters_of(np.zeros(5, dtype=np.int64))[0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_interval_without_finite_draws_is_nan():

@@ -1,12 +1,19 @@
+import itertools
+
 import pytest
 
 from llmrl.ats.data import Window
-from llmrl.ats.splits import MAX_BLOCK, limit_windows, split_windows
+from llmrl.ats.splits import MAX_BLOCK, duplicate_rows, limit_windows, split_windows
 from llmrl.errors import DataError
 
 
-def window(row, source="a.jsonl", tokens=10):
-    return Window(list(range(tokens)), [False] + [True] * (tokens - 1), row, source, f"{source}:{row + 1}")
+TEXTS = itertools.count()
+
+
+def window(row, source="a.jsonl", tokens=10, text=None):
+    """A window of its own text, or of the text with the number `text`."""
+    ids = [1, next(TEXTS) + 1_000_000 if text is None else text, *range(2, tokens)]
+    return Window(ids[:tokens], [False] + [True] * (tokens - 1), row, source, f"{source}:{row + 1}")
 
 
 def one_a_row(count, source="a.jsonl", first=0):
@@ -121,3 +128,52 @@ def test_split_windows_keeps_rows_together_in_a_small_data_set_too():
     windows = [window(row) for row in range(30) for _ in range(4 if row % 6 == 0 else 1)]
     rows = [{windows[i].row for i in part} for part in parts(split_windows(windows, seed=0))]
     assert not (rows[0] & rows[1]) | (rows[0] & rows[2]) | (rows[1] & rows[2])
+
+
+# --- the same text more than once -------------------------------------------------------------------------------------
+
+
+def texts(windows, part):
+    return {tuple(windows[i].token_ids) for i in part}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_windows_no_text_is_in_two_parts_of_rows_that_repeat(seed):
+    windows = [window(row, text=row % 40) for row in range(120)]
+    found = parts(split_windows(windows, seed))
+    assert sorted(i for part in found for i in part) == list(range(120))
+    for one, other in itertools.combinations(found, 2):
+        assert not texts(windows, one) & texts(windows, other)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("length", [1, 30])
+def test_split_windows_no_text_is_in_two_parts_of_a_file_named_twice(seed, length):
+    """`length` windows a row: rows stay whole, or are cut into blocks that begin alike."""
+    rows = 40 if length == 1 else 2
+    windows = [
+        window(row + rows * copy, text=row * 100 + i) for copy in (0, 1) for row in range(rows) for i in range(length)
+    ]
+    found = parts(split_windows(windows, seed))
+    for one, other in itertools.combinations(found, 2):
+        assert not texts(windows, one) & texts(windows, other)
+
+
+def test_split_windows_copies_of_three_rows_are_too_little():
+    with pytest.raises(DataError, match=r"too little data: 90 window\(s\) in 3 different unit\(s\)"):
+        split_windows([window(row, text=row % 3) for row in range(90)], seed=0)
+
+
+def test_duplicate_rows_counts_rows_that_repeat_an_earlier_one():
+    assert duplicate_rows(one_a_row(20)) == 0
+    assert duplicate_rows([window(row, text=row % 7) for row in range(20)]) == 13
+    # two windows each: a row that shares only its first one repeats nothing
+    windows = [window(0, text=1), window(0, text=2), window(1, text=1), window(1, text=3), window(2, text=1)]
+    assert duplicate_rows([*windows, window(2, text=2)]) == 1
+
+
+def test_limit_windows_does_not_prefer_short_rows():
+    windows = [window(row, tokens=100 if row % 2 else 5) for row in range(200)]
+    kept = limit_windows(windows, 2000, seed=0)
+    long = sum(len(w.token_ids) == 100 for w in kept)
+    assert 0.25 < long / len(kept) < 0.75

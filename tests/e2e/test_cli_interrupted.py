@@ -72,7 +72,7 @@ def test_calibrate_interrupted_goes_on_where_it_was(
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     code, err = stop_in_the_middle(out, book, stories_dir, signal.SIGINT)
     assert code == 130, err
-    assert err == "llmrl: interrupted: run the same command with --resume_from_checkpoint to go on\n"
+    assert err == "llmrl: interrupted: finished parts are kept; the same command goes on (--resume_from_checkpoint)\n"
     first = shards(partial)
     assert first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]  # and no OUT

@@ -194,8 +194,7 @@ def test_calibrate_refuses_a_used_output_folder(attempt, tmp_path):
     (tmp_path / "out" / "notes.txt").write_text("mine")
     code, text = attempt()
     assert code == 1
-    assert "is not empty; --overwrite replaces what is in it" in text
-    assert "--resume_from_checkpoint" in text
+    assert "is not empty; --overwrite replaces what llmrl writes in it" in text
 
 
 def test_calibrate_overwrite_keeps_files_of_others(calibrate, book, tmp_path, contents):

@@ -98,7 +98,7 @@ def test_verify_of_a_merged_folder_needs_no_base(verify, calibrate, book, storie
     change_weights(tmp_path / "out")
     ended = verify(tmp_path / "out", "--output_dir", tmp_path / "new")
     assert ended.code == 1
-    assert "the weights in" in ended.refusal()
+    assert "the weights or the configuration in" in ended.refusal()
     assert not (tmp_path / "new").exists()
 
 
