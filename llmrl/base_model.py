@@ -149,12 +149,20 @@ def default_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def greedy_config(model: Any, new_tokens: int) -> Any:
-    """Return a generation configuration of plain greedy decoding: without the penalties a checkpoint may bring along."""
+def generate_greedy(model: Any, ids: torch.Tensor, new_tokens: int) -> list[int]:
+    """Return what plain greedy decoding appends to the row `ids`, without the penalties a checkpoint may bring along."""
     from transformers import GenerationConfig
 
-    stops = getattr(model.generation_config, "eos_token_id", None)
-    return GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=0)
+    own = model.generation_config
+    stops = getattr(own, "eos_token_id", None)
+    plain = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=0)
+    model.generation_config = GenerationConfig()  # generate() fills what `plain` leaves open from the model's own
+    try:
+        with torch.inference_mode():
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+    finally:
+        model.generation_config = own
+    return list(output[0, ids.shape[1] :].tolist())
 
 
 def context_length(model: Any, tokenizer: Any) -> int:

@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 EXIT_DONE = 0
@@ -100,32 +101,44 @@ def explain(error: BaseException) -> str | None:
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Run `command` and return the process's exit code; print refusals to stderr in at most three lines."""
-    terminated = []
+    with _sigterm_as_interrupt() as terminated:
+        try:
+            return command() or EXIT_DONE
+        except KeyboardInterrupt:
+            _print_error("interrupted: finished parts are kept; the same command goes on (--resume_from_checkpoint)")
+            return 128 + signal.SIGTERM if terminated else EXIT_INTERRUPTED
+        except BrokenPipeError:  # the reader of our output went away (`| head`): not an error of ours
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_DONE
+        except LlmrlError as error:
+            _print_error(str(error))
+            return error.exit_code
+        except Exception as error:
+            message = explain(error)
+            if message is None:
+                first = str(error).strip().splitlines() or [""]
+                message = f"{type(error).__name__}: {first[0]}\nset LLMRL_DEBUG=1 for the traceback"
+            _print_error(message)
+            return EXIT_ERROR
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[list[int]]:
+    """Let SIGTERM end the command as Ctrl-C does, so that what is half-written gets cleaned up."""
+    terminated: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         terminated.append(number)
-        raise KeyboardInterrupt  # so that what is half-written gets cleaned up, as on Ctrl-C
+        raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
-        return command() or EXIT_DONE
-    except KeyboardInterrupt:
-        _print_error("interrupted: finished parts are kept; the same command goes on (--resume_from_checkpoint)")
-        return 128 + terminated[0] if terminated else EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away (`| head`): not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
-    except LlmrlError as error:
-        _print_error(str(error))
-        return error.exit_code
-    except Exception as error:
-        message = explain(error)
-        if message is None:
-            first = str(error).strip().splitlines() or [""]
-            message = f"{type(error).__name__}: {first[0]}\nset LLMRL_DEBUG=1 for the traceback"
-        _print_error(message)
-        return EXIT_ERROR
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _print_error(message: str) -> None:

@@ -10,7 +10,7 @@ from llmrl.base_model import (
     DEFAULT_MAX_LENGTH,
     check_model_folder,
     context_length,
-    greedy_config,
+    generate_greedy,
     load_base,
     load_tokenizer,
     reference_for,
@@ -182,19 +182,19 @@ def test_load_base_attends_eagerly_where_attention_logits_are_capped(tiny_model,
     assert load_base(str(tiny_model("llama")), device="cpu").model.config._attn_implementation != "eager"
 
 
-def test_greedy_config_has_no_penalties_of_the_checkpoint(copied):
+def test_generate_greedy_has_no_penalties_of_the_checkpoint(copied):
     stops = {"eos_token_id": [2, 7]}
     (copied / "generation_config.json").write_text(
         json.dumps({"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.6, "no_repeat_ngram_size": 2, **stops})
     )
     model = AutoModelForCausalLM.from_pretrained(copied).eval()
     assert model.generation_config.repetition_penalty == 1.3
-    options = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    found = model.generate(**options, generation_config=greedy_config(model, 20))[0, IDS.shape[1] :].tolist()
+    found = generate_greedy(model, IDS, 20)
+    assert model.generation_config.repetition_penalty == 1.3  # still the caller's
     ids = IDS[0].tolist()
     with torch.inference_mode():
         while len(ids) < IDS.shape[1] + 20 and ids[-1] not in (2, 7):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     assert found == ids[IDS.shape[1] :]
-    model.generation_config.do_sample = False
-    assert model.generate(**options, max_new_tokens=20, pad_token_id=0)[0, IDS.shape[1] :].tolist() != found
+    options = {"attention_mask": torch.ones_like(IDS), "do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
+    assert model.generate(IDS, **options)[0, IDS.shape[1] :].tolist() != found

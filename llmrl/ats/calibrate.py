@@ -25,7 +25,7 @@ from llmrl.ats.options import CalibrateConfig
 from llmrl.ats.plots import reliability_diagram
 from llmrl.ats.report import excluded_line, markdown_table, seeds_table, sentences
 from llmrl.ats.splits import duplicate_rows, limit_windows, split_windows
-from llmrl.base_model import BaseModel, context_length, greedy_config, load_base
+from llmrl.base_model import BaseModel, context_length, generate_greedy, load_base
 from llmrl.config import to_flat
 from llmrl.errors import ModelError, OutputError, UsageError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
@@ -266,13 +266,7 @@ def greedy_ids(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     limit = getattr(model.config, "max_position_embeddings", None) or GREEDY_TOKENS * 3
     for prompt in prompts:
         ids = torch.tensor([prompt[: max(1, limit - GREEDY_TOKENS)]], device=device)
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=greedy_config(model, min(GREEDY_TOKENS, limit - ids.shape[1])),
-            )
-        results.append(output[0, ids.shape[1] :].tolist())
+        results.append(generate_greedy(model, ids, min(GREEDY_TOKENS, limit - ids.shape[1])))
     return results
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrl.base_model import greedy_config, load_tokenizer
+from llmrl.base_model import generate_greedy, load_tokenizer
 from llmrl.errors import ModelError
 from llmrl.files import write_json
 from llmrl.serving.launch import check_folder, check_plugin, check_vllm
@@ -110,13 +110,8 @@ def _transformers_side(folder: str) -> dict[str, Any]:
         ids = torch.tensor([prompt])
         with torch.inference_mode():
             row = model(input_ids=ids).logits[0].float().log_softmax(-1)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=greedy_config(model, NEW_TOKENS),
-            )
         logprobs.append([row[i, token].item() for i, token in enumerate(prompt[1:])])
-        greedy.append(output[0, len(prompt) :].tolist())
+        greedy.append(generate_greedy(model, ids, NEW_TOKENS))
     dtype = str(model.dtype).removeprefix("torch.")
     return {"prompts": prompts, "logprobs": logprobs, "greedy": greedy, "dtype": dtype}
 

@@ -159,6 +159,74 @@ def test_calibrate_config_file_and_command_line(calibrate, llmrl, book, stories_
     assert "seed 8" in ended.out
 
 
+def test_calibrate_says_when_there_are_few_windows_to_test_on(calibrated, read_json):
+    folder, ended = calibrated
+    report = read_json(folder / "report.json")
+    found = re.search(r"^only (\d+) windows to test on: intervals are rough", ended.out, re.MULTILINE)
+    assert 0 < int(found[1]) < 20
+    assert report["bootstrap"]["unit"] == f"block of {report['tokens']['test'] // 40} tokens"
+    for name, scores in report["methods"].items():
+        for metric, score in scores.items():
+            assert score["high"] > score["low"], (name, metric)
+
+
+def test_calibrate_rows_that_repeat_and_a_file_named_twice(llmrl, sentences, stories_dir, tmp_path, jsonl, read_json):
+    rows = [{"text": text} for text in sentences[:60]]
+    data = jsonl(tmp_path / "rows.jsonl", [*rows, *rows[:5]])
+    argv = ["calibrate", stories_dir, "--method", "temperature", "--bootstrap_draws", "20", "--max_length", "129"]
+    ended = llmrl(*argv, "--data", data, data, "--output_dir", tmp_path / "twice")
+    assert ended.code == 0, ended.err
+    assert "70 rows repeat the text of another; each text is in one part of the split only" in ended.out
+    assert "windows to test on" not in ended.out
+    report = read_json(tmp_path / "twice" / "report.json")
+    assert report["rows"] == 130
+    assert report["bootstrap"]["unit"] == "window"
+
+
+def test_calibrate_bfloat16_stays_bfloat16(calibrate, book, tmp_path, read_json):
+    from transformers import AutoModelForCausalLM
+
+    ended = calibrate(book, tmp_path / "out", "--dtype", "bfloat16", "--method", "temperature", "--quiet")
+    assert ended.code == 0, ended.err
+    assert read_json(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
+    assert read_json(tmp_path / "out" / "report.json")["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_calibrate_report_says_dtype_and_serving(calibrated, read_json):
+    from llmrl.vllm_compat import vllm_build
+
+    report = read_json(calibrated[0] / "report.json")
+    assert report["dtype"] == "float32"
+    assert report["serving"] == {"vllm": "architecture known" if vllm_build() else "not installed"}
+
+
+def test_calibrate_reads_a_file_whose_name_has_a_comma(calibrate, book, tmp_path, read_json):
+    data = tmp_path / "one,two.txt"
+    data.write_text(book.read_text()[:4000])
+    ended = calibrate(data, tmp_path / "out", "--max_length", "33", "--method", "temperature")
+    assert ended.code == 0, ended.err
+    assert read_json(tmp_path / "out" / "report.json")["rows"] == 1
+
+
+def test_calibrate_counts_turns_the_template_does_not_let_score(
+    calibrate, sentences, stories_dir, tmp_path, jsonl, read_json
+):
+    chat = shutil.copytree(stories_dir, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    rows = [
+        [{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in itertools.pairwise(sentences[:40])
+    ]
+    greeting = {"role": "assistant", "content": "Hello."}
+    rows = [[greeting, *rows[0]], [greeting, *rows[1]], [greeting], *rows[2:]]
+    data = jsonl(tmp_path / "chat.jsonl", [{"messages": messages} for messages in rows])
+    ended = calibrate(data, tmp_path / "out", "--method", "temperature", "--max_length", "256", model=chat)
+    assert ended.code == 0, ended.err
+    report = read_json(tmp_path / "out" / "report.json")
+    assert report["excluded"] == {"turn_not_scored": 1, "part_of_row_turn_not_scored": 2}
+    assert "1 turn_not_scored" in ended.out
+
+
 def test_calibrate_that_made_it_worse_exits_zero(calibrate, book, tmp_path, monkeypatch, read_json):
     from llmrl.ats import evaluate
 

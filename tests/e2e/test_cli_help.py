@@ -51,3 +51,10 @@ def test_doctor_answers(llmrl):
     ended = llmrl("doctor")
     assert ended.code in (0, 1)
     assert "torch" in ended.out
+
+
+def test_doctor_refuses_an_option_it_does_not_know(llmrl):
+    ended = llmrl("doctor", "--foo")
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.refusal() == "llmrl: unknown option --foo; llmrl doctor knows --json"

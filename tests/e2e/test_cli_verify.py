@@ -124,7 +124,7 @@ def change_template(folder):
 
 
 WHAT = {
-    "the base model's weights": change_weights,
+    "the base model's weights or configuration": change_weights,
     "the tokenizer": change_tokenizer,
     "the chat template": change_template,
 }
@@ -133,7 +133,7 @@ WHAT = {
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("the base model's weights", "base"),
+        ("the base model's weights or configuration", "base"),
         ("the tokenizer", "base"),
         ("the chat template", "base"),
         ("the tokenizer", "folder"),
@@ -149,6 +149,52 @@ def test_verify_names_what_differs(name, where, verify, own):
     assert name in text
     assert not any(other in text for other in WHAT if other != name)
     assert not (folder / "verify.json").exists()
+
+
+def edit(path, change):
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("config.json", lambda c: c["rope_parameters"].update(rope_theta=20000.0), "weights or configuration"),
+        ("config.json", lambda c: c.update(rms_norm_eps=1e-3), "weights or configuration"),
+        ("tokenizer.json", lambda t: t["model"]["merges"].reverse(), "the tokenizer"),
+        ("tokenizer.json", lambda t: t["normalizer"]["normalizers"].insert(0, {"type": "Lowercase"}), "the tokenizer"),
+    ],
+    ids=["rope_theta", "rms_norm_eps", "merges", "normalizer"],
+)
+def test_verify_refuses_another_computation(file, change, named, verify, own):
+    base, folder = own
+    edit(base / file, change)
+    ended = verify(folder)
+    assert ended.code == 1
+    assert named in ended.refusal()
+    assert not (folder / "verify.json").exists()
+
+
+def test_verify_accepts_what_changes_no_number(verify, own):
+    base, folder = own
+    edit(base / "config.json", lambda c: c.update(transformers_version="5.99.0", use_cache=False))
+    edit(base / "tokenizer_config.json", lambda c: c.update(pad_token="</s>"))
+    shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
+    ended = verify(folder)
+    assert ended.code == 0, ended.err
+    assert (folder / "verify.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--merge"], ["--check_serving"], ["--overwrite"], ["--num_seeds", "2"], ["--resume_from_checkpoint"]]
+)
+def test_verify_refuses_options_of_a_fit(options, verify, folder, contents):
+    before = contents(folder)
+    ended = verify(folder, *options)
+    assert ended.code == 2
+    assert f"{options[0]} has no meaning with --verify" in ended.refusal()
+    assert contents(folder) == before
 
 
 def test_verify_finds_a_moved_base_by_name(verify, own):

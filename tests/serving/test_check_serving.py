@@ -1,8 +1,10 @@
 """The check behind --check_serving: it passes on a good folder, and fails when vLLM reads another head."""
 
+import json
 import shutil
 
 import pytest
+from serving_folders import STORIES, heads_folder
 
 from llmrl.errors import HeadMismatchError, ModelError
 from llmrl.serving import check
@@ -10,8 +12,24 @@ from llmrl.serving import check
 pytestmark = pytest.mark.vllm
 
 
-def test_check_serving_agrees(served):
-    result = check.check_serving(str(served))
+@pytest.fixture(scope="module")
+def penalising(tmp_path_factory):
+    """A folder on a base that asks for a repetition penalty and for sampling."""
+    root = tmp_path_factory.mktemp("penalising")
+    base = shutil.copytree(STORIES, root / "base")
+    path = base / "generation_config.json"
+    wishes = {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.6}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wishes}))
+    return heads_folder(base, root / "calibrated", seed=1)
+
+
+def test_check_serving_decodes_without_the_penalties_of_the_base(served, penalising):
+    neutral, penalised = check._transformers_side(str(served)), check._transformers_side(str(penalising))
+    assert penalised["greedy"] == neutral["greedy"]
+
+
+def test_check_serving_agrees(penalising):
+    result = check.check_serving(str(penalising))
     assert result.max_logprob_difference < 1e-3
     assert result.tokens > 50
     assert result.greedy_identical
@@ -50,6 +68,28 @@ def answers(monkeypatch):
         monkeypatch.setattr(check, "_compare", lambda reference, found: result)
 
     return pretend
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_serving_different_greedy_text_fails_in_float32_only(dtype, served, monkeypatch):
+    """In 16 bits a rounding can turn a near-tie."""
+    reference = {"prompts": [[1, 2]], "dtype": dtype, "logprobs": [[-1.5]], "greedy": [[3, 4]]}
+
+    def serve(greedy):
+        def call(command, **kwargs):
+            check.write_json(command[-1], {"logprobs": [[-1.5]], "greedy": [greedy]})
+            return 0
+
+        monkeypatch.setattr(check.subprocess, "call", call)
+        return check.check_serving(str(served))
+
+    monkeypatch.setattr(check, "_transformers_side", lambda folder: reference)
+    assert serve([3, 4]).greedy_identical
+    if dtype == "float32":
+        with pytest.raises(ModelError, match=r"disagree on .* greedy text DIFFERENT"):
+            serve([3, 5])
+    else:
+        assert not serve([3, 5]).greedy_identical
 
 
 def test_check_serving_tolerates_rounding_and_no_more(served, answers):

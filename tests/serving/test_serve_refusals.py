@@ -57,6 +57,33 @@ def test_serve_refuses_option_in_place_of_folder(no_vllm_start, capsys):
     assert "expected the folder first, got '--port'" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--tokenizer", "other"], "--tokenizer cannot be used here: the head was fitted with the folder's own tokenizer"),
+        (["--port", "1", "--tokenizer=other"], "--tokenizer cannot be used here"),
+        (["--chat-template", "x.jinja"], "the head was fitted with the folder's own chat template"),
+        (["--chat_template=x.jinja"], "--chat-template cannot be used here"),
+        (["--hf-overrides", "{}"], "the head was fitted on the base's own configuration"),
+        (["--hf-overrides.rope_theta", "5"], "--hf-overrides cannot be used here"),
+        (["--speculative-config", "{}"], "a drafter would propose from logits without the head"),
+        (["--speculative_config.method=ngram"], "--speculative-config cannot be used here"),
+        (["-sc", "{}"], "-sc cannot be used here"),
+        (["--spec-method", "ngram"], "--spec-method cannot be used here"),
+    ],
+)
+def test_serve_refuses_options_that_leave_the_head_behind(options, why, no_vllm_start, served, capsys):
+    code, text = refusal([served, *options], capsys)
+    assert code == 2
+    assert why in text
+    assert "leave it out, or serve the base" in text
+
+
+@pytest.mark.parametrize("options", [["--tokenizer-mode", "auto"], ["--port=1", "--dtype", "float32"], ["--seed", "1.5"]])
+def test_check_options_lets_others_pass(options):
+    launch.check_options(options)
+
+
 @pytest.mark.parametrize("empty", [True, False])
 def test_serve_refuses_folder_without_heads(no_vllm_start, empty, base, capsys):
     if empty:
