@@ -78,14 +78,6 @@ def staging_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-@contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield a staging folder that becomes `path` when the block ends without an error; else `path` is untouched."""
-    with staging_folder(path) as staging:
-        yield staging
-        publish_folder(staging, Path(path))
-
-
 def publish_folder(staging: Path, path: Path, *, stale: tuple[str, ...] | None = None) -> None:
     """Give `staging` the name `path`; an existing `path` is moved out of the way first and put back if that fails.
 
@@ -147,6 +139,8 @@ def check_output_dir(path: Path | str, *, overwrite: bool) -> Path:
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise OutputError(f"--output_dir {path} is not empty; --overwrite replaces what llmrl writes in it")
+        if Path.cwd().is_relative_to(path):
+            raise OutputError(f"--output_dir {path} holds the working directory; name a folder in it")
         if os.path.ismount(path):
             raise OutputError(f"--output_dir {path} is a mount point that is not empty; name a folder in it")
     if not os.access(parent, os.W_OK):

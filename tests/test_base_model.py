@@ -185,7 +185,9 @@ def test_load_base_attends_eagerly_where_attention_logits_are_capped(tiny_model,
 def test_generate_greedy_has_no_penalties_of_the_checkpoint(copied):
     stops = {"eos_token_id": [2, 7]}
     (copied / "generation_config.json").write_text(
-        json.dumps({"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.6, "no_repeat_ngram_size": 2, **stops})
+        json.dumps(
+            {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.6, "no_repeat_ngram_size": 2, **stops}
+        )
     )
     model = AutoModelForCausalLM.from_pretrained(copied).eval()
     assert model.generation_config.repetition_penalty == 1.3

@@ -268,7 +268,13 @@ def test_parse_config_a_file_whose_name_has_a_comma_is_one_value(tmp_path, monke
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("merge", True), ("check_serving", True), ("overwrite", True), ("num_seeds", 2), ("resume_from_checkpoint", "latest")],
+    [
+        ("merge", True),
+        ("check_serving", True),
+        ("overwrite", True),
+        ("num_seeds", 2),
+        ("resume_from_checkpoint", "latest"),
+    ],
 )
 def test_calibrate_config_verify_takes_no_option_of_a_fit(option, value):
     CalibrateConfig(verify="DIR", data=["x"])

@@ -10,7 +10,6 @@ import torch
 
 from llmrl.errors import OutputError, UsageError
 from llmrl.files import (
-    atomic_folder,
     check_output_dir,
     looks_like_file,
     publish_folder,
@@ -102,13 +101,14 @@ def make(folder, **files):
     return folder
 
 
-def test_atomic_folder_appears_whole_with_its_parents(tmp_path):
+def test_staging_folder_is_published_whole_with_its_parents(tmp_path):
     path = tmp_path / "a" / "b"
-    with atomic_folder(path) as staging:
+    with staging_folder(path) as staging:
         (staging / "x").write_text("1")
         assert staging.parent == path.parent
         assert staging.name == ".b.tmp"
         assert not path.exists()
+        publish_folder(staging, path)
     assert names(path) == ["x"]
     assert path.stat().st_mode & 0o777 == 0o755
     assert names(tmp_path / "a") == ["b"]
@@ -117,11 +117,11 @@ def test_atomic_folder_appears_whole_with_its_parents(tmp_path):
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupt"]
 )
-def test_atomic_folder_error_leaves_the_old_one_and_nothing_else(error, tmp_path):
+def test_staging_folder_error_leaves_the_old_one_and_nothing_else(error, tmp_path):
     path = make(tmp_path / "out", a="old")
 
     def replace():
-        with atomic_folder(path) as staging:
+        with staging_folder(path) as staging:
             (staging / "a").write_text("new")
             raise error
 
@@ -304,3 +304,13 @@ def test_resolve_reference(tmp_path, monkeypatch):
         with pytest.raises(UsageError) as error:
             resolve_reference(missing, "--data")
         assert str(error.value) == f"not found: {missing} (--data)"
+
+
+def test_check_output_dir_refuses_to_replace_the_working_directory(tmp_path, monkeypatch):
+    make(tmp_path / "out", a="mine")
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(OutputError, match="holds the working directory"):
+        check_output_dir(".", overwrite=True)
+    with pytest.raises(OutputError, match="holds the working directory"):
+        check_output_dir(tmp_path, overwrite=True)
+    assert check_output_dir(tmp_path / "out" / "new", overwrite=True) == tmp_path / "out" / "new"

@@ -304,7 +304,9 @@ def test_vllm_architectures_are_read_without_importing(monkeypatch, tmp_path):
     (package / "model_executor" / "models").mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError")
     registry = package / "model_executor" / "models" / "registry.py"
-    registry.write_text("_ONE = {'AForCausalLM': ('a', 'A')}\n_TWO = {**_ONE, 'BForCausalLM': ('b', 'B')}\n_X = {1: 2}\n")
+    registry.write_text(
+        "_ONE = {'AForCausalLM': ('a', 'A')}\n_TWO = {**_ONE, 'BForCausalLM': ('b', 'B')}\n_X = {1: 2}\n"
+    )
     spec = SimpleNamespace(origin=str(package / "__init__.py"))
     monkeypatch.setattr(vllm_compat.importlib.util, "find_spec", lambda name: spec)
     assert vllm_compat.vllm_architectures() == {"AForCausalLM", "BForCausalLM"}

@@ -298,7 +298,7 @@ def _write_extras(staging: Path, config: CalibrateConfig, report: dict[str, Any]
             "## Use\n\n```python\nimport llmrl\nfrom transformers import AutoModelForCausalLM\n\n"
             'model = AutoModelForCausalLM.from_pretrained("DIR")\n```\n\n`llmrl serve DIR` serves it with vLLM.\n\n'
             f"## Held-out calibration\n\n{report['tokens']['test']:,} tokens that nothing was fitted or chosen on; 95% "
-            f"bootstrap intervals over windows; * marks the best of a column.\n\n{markdown_table(report['methods'])}{picture}\n"
+            f"bootstrap intervals; * marks the best of a column.\n\n{markdown_table(report['methods'])}{picture}\n"
         ),
         tags=["calibration"],
     )

@@ -364,7 +364,9 @@ def test_make_windows_messages_counts_turns_the_template_does_not_let_score(plai
     assert found.excluded == {"part_of_row_turn_not_scored": 2}
     assert [scored_text(counting, w) for w in found.windows] == ["<think>hm</think>Paris<|im_end|>\n"] * 2
     with pytest.raises(DataError, match=r"2 of 2 rows cannot be used \(turn_not_scored 2\)"):
-        make_windows([row(messages=[QUESTION, ANSWER])] * 2, with_template(plain, "{{ messages | length }}" + CHATML), 9)
+        make_windows(
+            [row(messages=[QUESTION, ANSWER])] * 2, with_template(plain, "{{ messages | length }}" + CHATML), 9
+        )
 
 
 def test_make_windows_messages_without_a_template(plain):

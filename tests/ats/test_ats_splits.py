@@ -6,7 +6,6 @@ from llmrl.ats.data import Window
 from llmrl.ats.splits import MAX_BLOCK, duplicate_rows, limit_windows, split_windows
 from llmrl.errors import DataError
 
-
 TEXTS = itertools.count()
 
 
@@ -177,3 +176,10 @@ def test_limit_windows_does_not_prefer_short_rows():
     kept = limit_windows(windows, 2000, seed=0)
     long = sum(len(w.token_ids) == 100 for w in kept)
     assert 0.25 < long / len(kept) < 0.75
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_split_windows_shares_are_of_tokens_where_rows_differ_in_length(seed):
+    windows = [window(row, tokens=200 if row % 10 == 0 else 8) for row in range(400)]
+    found = [sum(sum(windows[i].scored) for i in part) for part in parts(split_windows(windows, seed))]
+    assert [count / sum(found) for count in found] == pytest.approx([0.5, 0.15, 0.35], abs=0.02)

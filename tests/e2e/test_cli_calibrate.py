@@ -215,7 +215,8 @@ def test_calibrate_counts_turns_the_template_does_not_let_score(
     chat = shutil.copytree(stories_dir, tmp_path / "chat")
     (chat / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     rows = [
-        [{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in itertools.pairwise(sentences[:40])
+        [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+        for a, b in itertools.pairwise(sentences[:40])
     ]
     greeting = {"role": "assistant", "content": "Hello."}
     rows = [[greeting, *rows[0]], [greeting, *rows[1]], [greeting], *rows[2:]]

@@ -149,7 +149,10 @@ def test_calibrate_refuses_a_head_folder_as_model(attempt, save_head, stories_di
         (["--dtype", "float31"], "--dtype float31: not a choice; did you mean 'float32'?"),
         (["--dtype", "flot32"], "--dtype flot32: not a choice; did you mean 'float32'?"),
         (["--device", "foo"], "--device foo cannot be used here: "),
-        (["--resume_from_checkpoint", "out/checkpoint-3"], "--resume_from_checkpoint out/checkpoint-3: write it without"),
+        (
+            ["--resume_from_checkpoint", "out/checkpoint-3"],
+            "--resume_from_checkpoint out/checkpoint-3: write it without",
+        ),
         (["--report_to", "tensorbord"], "did you mean 'tensorboard'?"),
         (["--seed"], "--seed"),
     ],

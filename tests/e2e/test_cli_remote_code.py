@@ -1,5 +1,6 @@
 """Python files that lie in a model folder are never run, whatever its JSON files say and whatever stdin answers."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -147,23 +148,24 @@ def test_verify_runs_no_code_of_any_folder(trap, place, lay, marker, llmrl, text
     check(llmrl(*argv, "--output_dir", tmp_path / "verified"), marker)
 
 
-@pytest.mark.parametrize("trap", TRAPS)
-@pytest.mark.parametrize("place", ["beside", "merged", "base"])
+# of another model type a folder is none of llmrl's, and transformers opens it by its own rules
+OPENED = [(t, p) for t in TRAPS for p in ("beside", "merged", "base") if t is not unknown_type or p == "base"]
+
+
+@pytest.mark.parametrize(("trap", "place"), OPENED)
 def test_from_pretrained_runs_no_code_of_any_folder(trap, place, lay, marker, copies, capsys):
     import torch
     from transformers import AutoModelForCausalLM
 
     from llmrl.errors import HeadMismatchError
 
-    if trap is unknown_type and place != "base":
-        pytest.skip("of another model type it is no folder of llmrl's: transformers opens it by its own rules")
     folder, base = copies("beside" if place == "base" else place)
     lay(trap, base if place == "base" else folder)
-    try:
+    # with classes named in it, the configuration is not the one the head was fitted on
+    changed = trap in (known_type, unknown_type) and place != "beside"
+    refused = pytest.raises(HeadMismatchError, match="the weights or the configuration")
+    with refused if changed else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.generate(torch.tensor([[1, 403]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
-    except HeadMismatchError as error:  # the weights are the same, their configuration is not
-        assert place in ("base", "merged")
-        assert "the weights or the configuration" in str(error)
     assert not marker.exists()
     assert "[y/N]" not in capsys.readouterr().out

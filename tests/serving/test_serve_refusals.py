@@ -60,7 +60,10 @@ def test_serve_refuses_option_in_place_of_folder(no_vllm_start, capsys):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--tokenizer", "other"], "--tokenizer cannot be used here: the head was fitted with the folder's own tokenizer"),
+        (
+            ["--tokenizer", "other"],
+            "--tokenizer cannot be used here: the head was fitted with the folder's own tokenizer",
+        ),
         (["--port", "1", "--tokenizer=other"], "--tokenizer cannot be used here"),
         (["--chat-template", "x.jinja"], "the head was fitted with the folder's own chat template"),
         (["--chat_template=x.jinja"], "--chat-template cannot be used here"),
@@ -79,7 +82,9 @@ def test_serve_refuses_options_that_leave_the_head_behind(options, why, no_vllm_
     assert "leave it out, or serve the base" in text
 
 
-@pytest.mark.parametrize("options", [["--tokenizer-mode", "auto"], ["--port=1", "--dtype", "float32"], ["--seed", "1.5"]])
+@pytest.mark.parametrize(
+    "options", [["--tokenizer-mode", "auto"], ["--port=1", "--dtype", "float32"], ["--seed", "1.5"]]
+)
 def test_check_options_lets_others_pass(options):
     launch.check_options(options)
 
@@ -106,7 +111,7 @@ def test_serve_refuses_changed_base_weights(no_vllm_start, base, folder, capsys)
     change_weights(base)
     code, text = refusal([folder], capsys)
     assert code == 1
-    assert "fitted on another base: the base model's weights of" in text
+    assert "fitted on another base: the base model's weights or configuration of" in text
 
 
 @pytest.mark.parametrize("what", ["the tokenizer", "the chat template"])
