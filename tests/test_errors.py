@@ -146,7 +146,7 @@ def failed_safetensors_write():
     [
         (lambda: OSError(28, "No space left on device", "out/x.bin"), "disk full while writing out/x.bin: free some space"),
         (lambda: OSError(28, "No space left on device"), "disk full: free some space and run again"),
-        (lambda: PermissionError(13, "Permission denied", "/root/x"), "no permission for /root/x: choose another folder"),
+        (lambda: PermissionError(13, "Permission denied", "/data/x"), "no permission for /data/x: choose another folder"),
         (MemoryError, "out of memory (RAM): lower --max_tokens or --batch_size"),
         (cpu_allocation_failure, "out of memory (RAM): lower --max_tokens or --batch_size"),
         (torch_out_of_memory, "out of memory on the accelerator: lower --batch_size"),
