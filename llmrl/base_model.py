@@ -55,6 +55,41 @@ def load_base(
         UsageError: a path that is not there, or an unknown dtype.
         ModelError: no weights, pickled weights, an unreadable checkpoint, or a folder llmrl wrote.
     """
+    path, local = resolve_reference(name, "model")
+    path = str(Path(path).resolve()) if local else path
+    model = open_causal_lm(path, dtype=dtype, device=device, revision=revision, shown_as=name)
+    if hasattr(model, "llmrl_heads"):
+        if not without_heads:
+            raise ModelError(f"{name} already carries llmrl heads; name its base model")
+        model.attach_heads(torch.nn.ModuleDict())
+    tokenizer = load_tokenizer(path, revision=revision)
+    folder = local_folder(path, revision=revision)
+    # a snapshot folder is named after its commit: the head stays tied to it when the branch moves on
+    commit = None if local else folder.name
+    return BaseModel(model, tokenizer, folder, reference_for(path, folder, tokenizer, commit))
+
+
+def open_causal_lm(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    shown_as: str | None = None,
+) -> Any:
+    """Open a causal LM frozen and in evaluation mode, with its heads in effect if it is a folder llmrl wrote.
+
+    Args:
+        name: a folder, or a hub name.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: a torch device; None takes the GPU when there is one.
+        revision: of a hub name.
+        shown_as: what error messages call it.
+
+    Raises:
+        UsageError: a path that is not there, an unknown dtype, or a device that is not there.
+        ModelError: no weights, pickled weights, or an unreadable checkpoint.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if dtype not in _DTYPES:
@@ -62,7 +97,6 @@ def load_base(
     path, local = resolve_reference(name, "model")
     if local:
         check_model_folder(Path(path))
-        path = str(Path(path).resolve())
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         options = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
@@ -77,23 +111,14 @@ def load_base(
     except (LlmrlError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
-    if hasattr(model, "llmrl_heads"):
-        if not without_heads:
-            raise ModelError(f"{name} already carries llmrl heads; name its base model")
-        model.attach_heads(torch.nn.ModuleDict())
+        raise ModelError(f"cannot load {shown_as or name}: {_first_line(error)}") from error
     try:
         model = model.to(device or default_device())
     except (RuntimeError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UsageError(f"--device {device} cannot be used here: {_first_line(error)}") from error
-    model = model.eval().requires_grad_(False)
-    tokenizer = load_tokenizer(path, revision=revision)
-    folder = local_folder(path, revision=revision)
-    # a snapshot folder is named after its commit: the head stays tied to it when the branch moves on
-    commit = None if local else folder.name
-    return BaseModel(model, tokenizer, folder, reference_for(path, folder, tokenizer, commit))
+    return model.eval().requires_grad_(False)
 
 
 def reference_for(name: str, folder: Path, tokenizer: Any, revision: str | None = None) -> BaseReference:

@@ -68,6 +68,18 @@ class DistributedError(LlmrlError):
     """The number of processes is not the one that was asked for."""
 
 
+class RequestError(LlmrlError):
+    """One request cannot be answered (an empty or too long prompt, an option its backend lacks); the others go on."""
+
+
+class EngineError(LlmrlError):
+    """A rollout engine cannot start, died, or answered with something that is not an answer."""
+
+
+class SyncError(LlmrlError):
+    """Engine and trainer do not hold the same weights after an update; nothing sampled since can be trusted."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Return the entry of `known` closest to `word`, or None when none is close."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -23,7 +23,7 @@ from llmrl.errors import ConfigError, DataError, LlmrlError, did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool")
 
-_R = TypeVar("_R", bound="_Record")
+_R = TypeVar("_R", bound="Record")
 # log_softmax in float32 may end a rounding error above zero
 _MAX_LOGPROB = 1e-3
 
@@ -37,8 +37,8 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True)
-class _Record:
-    """JSON round trip of the records below; `_error` is what a wrong value raises."""
+class Record:
+    """Base of the frozen records: JSON round trip and validation; `_error` is what a wrong value raises."""
 
     _error: ClassVar[type[LlmrlError]] = DataError
 
@@ -78,7 +78,7 @@ class _Record:
 
 
 @dataclass(frozen=True)
-class Message(_Record):
+class Message(Record):
     """One chat message; `to_json` gives the dict that chat templates and trl's `messages` column hold.
 
     `name` is the tool that answered; `tool_calls` are the calls of an assistant in the form chat templates read.
@@ -102,7 +102,7 @@ class Message(_Record):
 
 
 @dataclass(frozen=True)
-class PolicyVersion(_Record):
+class PolicyVersion(Record):
     """The weights a turn was sampled with.
 
     `number` counts the updates an engine took (0: as loaded), so a difference is a staleness; `fingerprint` names the
@@ -118,11 +118,12 @@ class PolicyVersion(_Record):
 
 
 @dataclass(frozen=True)
-class SamplingConfig(_Record):
+class SamplingConfig(Record):
     """How to sample. Logprobs that come back are those of the untempered, unfiltered distribution.
 
     `top_k=0`, `top_p=1` and `min_p=0` switch a filter off. `temperature=0` is greedy. `logprobs` is the number of
-    alternatives reported beside each sampled token, whose own logprob always comes.
+    alternatives reported beside each sampled token, whose own logprob always comes. Sample 0 of `n` is drawn with `seed`,
+    the others with seeds derived from it. `json_schema` constrains the answer; only vLLM can do that.
     """
 
     temperature: float = 1.0
@@ -135,6 +136,7 @@ class SamplingConfig(_Record):
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     logprobs: int = 0
+    json_schema: dict[str, Any] | None = None
 
     _error = ConfigError
 
@@ -153,6 +155,8 @@ class SamplingConfig(_Record):
         ids = self.stop_token_ids
         self._need(_is_list(ids) and all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", "a list of ids >= 0")
         self._set(stop=tuple(self.stop), stop_token_ids=tuple(ids))
+        if self.json_schema is not None:
+            self._set(json_schema=_json_object(self.json_schema, "SamplingConfig.json_schema"))
 
     @property
     def is_truncated(self) -> bool:
@@ -178,7 +182,7 @@ class SamplingConfig(_Record):
 
 
 @dataclass(frozen=True)
-class Turn(_Record):
+class Turn(Record):
     """One message and the tokens it adds to the context.
 
     A sampled turn has a policy version, a finish reason, and a logprob exactly where `loss_mask` is 1; its zeros are
@@ -223,7 +227,7 @@ class Turn(_Record):
 
 
 @dataclass(frozen=True)
-class TokenizedRollout(_Record):
+class TokenizedRollout(Record):
     """The tokens of one segment in order, with everything a loss may read; all tuples have the length `T`.
 
     `turn_index[t]` is the turn of the episode that added token `t`: it finds the token's policy version and rewards.
@@ -247,7 +251,7 @@ class TokenizedRollout(_Record):
 
 
 @dataclass(frozen=True)
-class Episode(_Record):
+class Episode(Record):
     """What happened to one sample of one row, from the first turn to its end.
 
     It ended in exactly one of three ways: `done` (the environment says so; nothing to bootstrap), `truncated` (a limit
@@ -328,7 +332,7 @@ class Episode(_Record):
 
 
 @dataclass(frozen=True)
-class Preference(_Record):
+class Preference(Record):
     """Two answers to one prompt, in trl's columns: three texts, or three lists of messages."""
 
     prompt: str | tuple[Message, ...]
@@ -357,7 +361,7 @@ class Preference(_Record):
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, _Record):
+    if isinstance(value, Record):
         return value.to_json()
     if isinstance(value, StrEnum):
         return str(value)

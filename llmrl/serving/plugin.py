@@ -1,13 +1,17 @@
 """The entry point vLLM calls in every one of its processes (group `vllm.general_plugins`).
 
 For each causal LM that vLLM knows, `XForCausalLM`, two more are registered by name: `LlmrlXForCausalLM` (heads on logits) and
-`LlmrlXForSequenceClassification` (heads on pooled states). Nothing is imported until one of them is asked for.
+`LlmrlXForSequenceClassification` (heads on pooled states). Nothing is imported until one of them is asked for. Every
+process also learns the weight transfer of the rollout engine, and the CPU build its guard against a LoRA bug.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from llmrl.rollout.weight_files import VLLM_BACKEND
+from llmrl.vllm_compat import patch_cpu_lora
 
 MODULE = "llmrl.serving.models"
 PREFIX = "Llmrl"
@@ -28,9 +32,19 @@ def register() -> None:
         for name in (PREFIX + base, PREFIX + pooling_name(base)):
             if name not in known:
                 ModelRegistry.register_model(name, f"{MODULE}:{name}")
+    _register_weight_transfer()
+    patch_cpu_lora()
     marker = os.environ.get(MARKER_VARIABLE)
     if marker:
         Path(marker).touch()
+
+
+def _register_weight_transfer() -> None:
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if VLLM_BACKEND not in WeightTransferEngineFactory._registry:
+        module, name = "llmrl.rollout.vllm_weights", "FileWeightTransferEngine"
+        WeightTransferEngineFactory.register_engine(VLLM_BACKEND, module, name)
 
 
 def is_causal_lm(architecture: str) -> bool:

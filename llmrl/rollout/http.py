@@ -1,0 +1,218 @@
+"""One HTTP server and what can go wrong with it, sorted by what has to be done; and a thread that runs the requests.
+
+`ServerFault`: the server failed, another one may answer the same request. `ServerBusy`: ask again later. `Refusal`: the
+request itself is wrong, and would be for any server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from llmrl.errors import EngineError, UsageError
+from llmrl.rollout.engine import settle
+
+try:
+    import httpx2 as httpx  # what huggingface_hub depends on, hence transformers; httpx in its older releases
+except ModuleNotFoundError:
+    import httpx  # type: ignore[no-redef]
+
+_T = TypeVar("_T")
+_BUSY = (429, 503)
+_CONNECTIONS = 512
+_CONNECT_TIMEOUT = 10.0
+# vLLM closes a connection that was idle for 5 s; one that is closed just when it is used again looks like a dead server
+_KEEP_ALIVE = 2.0
+_LONGEST_MESSAGE = 600
+# how vLLM wraps the error of a worker process
+_WRAPPED = re.compile(
+    r"^(?:Call to \w+ method failed: )?(?:Worker failed with error ['\"](?P<inner>.*)['\"], please check the stack.*)$", re.S
+)
+
+
+class ServerFault(Exception):
+    """The server failed. `status` is what it answered; None when there was no answer, or none that can be read."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServerBusy(Exception):
+    """The server asks to be asked later."""
+
+
+class Refusal(Exception):
+    """The server refuses the request as such."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class HttpServer:
+    """A server by its URL. Used in one event loop only.
+
+    Args:
+        url: Such as http://127.0.0.1:8000; a path after the port stays in front of every request's.
+        timeout: Seconds to wait for an answer.
+        api_key: Sent as a bearer token.
+    """
+
+    def __init__(self, url: str, *, timeout: float, api_key: str | None = None) -> None:
+        self.url = check_url(url)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout = timeout
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            limits=httpx.Limits(max_connections=_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE),
+            trust_env=False,  # a proxy for the outside world does not lead to servers of ours
+        )
+
+    async def get(self, path: str, *, timeout: float | None = None) -> Any:
+        """Return the JSON answer to a GET; None when it is empty."""
+        return await self._ask("GET", path, None, timeout)
+
+    async def post(self, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
+        """Return the JSON answer to a POST; None when it is empty, its text when it is none.
+
+        Raises:
+            ServerFault: No connection, no answer in time, a broken answer, or a status of 500 and more.
+            ServerBusy: Status 429 or 503.
+            Refusal: Any other status that is no success.
+        """
+        return await self._ask("POST", path, body, timeout)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        with suppress(Exception):
+            await self._client.aclose()
+
+    async def _ask(self, method: str, path: str, body: Any, timeout: float | None) -> Any:
+        seconds = timeout or self._timeout
+        # how long a request waits for a connection is our own doing, not the server's
+        limits = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT), pool=None)
+        try:
+            answer = await self._client.request(method, path, json=body, timeout=limits)
+        except httpx.TimeoutException as error:
+            what = "no connection" if isinstance(error, httpx.ConnectTimeout) else "no answer"
+            raise ServerFault(f"{what} in {limits.connect if what == 'no connection' else seconds:g} s") from error
+        except httpx.HTTPError as error:
+            raise ServerFault(f"{type(error).__name__}: {_one_line(str(error)) or 'connection lost'}") from error
+        except RuntimeError as error:  # the client was closed in between
+            raise ServerFault(_one_line(str(error))) from error
+        if answer.status_code in _BUSY:
+            raise ServerBusy(f"{answer.status_code} {_message(answer)}")
+        if answer.status_code >= 500:
+            raise ServerFault(f"{answer.status_code} {_message(answer)}", answer.status_code)
+        if not answer.is_success:
+            raise Refusal(_message(answer), answer.status_code)
+        if not answer.content:
+            return None
+        try:
+            return answer.json()
+        except ValueError:
+            if "json" not in answer.headers.get("content-type", ""):
+                return answer.text
+            raise ServerFault(f"answered with what is not JSON: {answer.text!r:.80}") from None
+
+
+def check_url(url: str) -> str:
+    """Return the URL without a slash at its end.
+
+    Raises:
+        UsageError: It is no http URL.
+    """
+    try:
+        parsed = httpx.URL(url)
+        valid = parsed.scheme in ("http", "https") and bool(parsed.host)
+    except (httpx.InvalidURL, TypeError):
+        valid = False
+    if not valid:
+        raise UsageError(f"expected the URL of a server such as http://127.0.0.1:8000, got {url!r}")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _message(answer: Any) -> str:
+    """Return the server's own words in one line."""
+    text = answer.text
+    with suppress(ValueError, AttributeError):
+        body = json.loads(text)
+        found = body.get("error", body.get("detail", body.get("message")))
+        found = found.get("message", found) if isinstance(found, dict) else found
+        text = found if isinstance(found, str) else json.dumps(found)
+    wrapped = _WRAPPED.match(text.strip())
+    return _one_line(wrapped["inner"] if wrapped else text) or "without a message"
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_MESSAGE else line[:_LONGEST_MESSAGE] + " ..."
+
+
+class LoopThread:
+    """A thread with an event loop, for callers that have none."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Start `work` and return at once; cancelling the future cancels it."""
+        with self._lock:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(self._guard(work), self._loop)
+        work.close()
+        failed: Future[_T] = Future()
+        settle(failed, error=EngineError("the engine was closed"))
+        return failed
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Return the result of `work`."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C while waiting
+            raise
+
+    async def _guard(self, work: Coroutine[Any, Any, _T]) -> _T:
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if self._closed:
+                raise EngineError("the engine was closed") from None
+            raise
+
+    def stop(self, last: Coroutine[Any, Any, None]) -> None:
+        """Cancel what is under way, run `last`, end the thread."""
+        with self._lock:
+            if self._closed:
+                last.close()
+                return
+            self._closed = True
+
+        async def end() -> None:
+            me = asyncio.current_task()
+            others = [task for task in asyncio.all_tasks() if task is not me]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await last
+
+        with suppress(Exception):
+            asyncio.run_coroutine_threadsafe(end(), self._loop).result(timeout=30)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=30)
+        if not self._thread.is_alive():
+            self._loop.close()

@@ -1,0 +1,81 @@
+"""What every backend must know about a model before it answers: end tokens, context, vocabulary, identity."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrl.base_model import check_model_folder, load_tokenizer
+from llmrl.errors import ModelError
+from llmrl.files import resolve_reference
+from llmrl.heads import fingerprint_weights
+from llmrl.modeling import local_folder
+
+_NO_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A causal LM on disk; `max_model_len` counts prompt and answer together."""
+
+    name: str
+    folder: Path
+    tokenizer: Any
+    max_model_len: int
+    vocab_size: int
+    end_ids: frozenset[int]
+    fingerprint: str
+    architecture: str
+
+
+def read_facts(model: str, *, revision: str | None = None, max_model_len: int | None = None) -> ModelFacts:
+    """Read a model's files without loading its weights.
+
+    Args:
+        model: A folder or a hub name.
+        revision: Of a hub name.
+        max_model_len: A shorter context than the model's own.
+
+    Raises:
+        UsageError: A path that is not there.
+        ModelError: No weights, pickled weights, no tokenizer, or a longer context than the model has.
+    """
+    from transformers import AutoConfig
+
+    name, is_local = resolve_reference(model, "--model: a folder or a hub name")
+    if is_local:
+        check_model_folder(Path(name))
+    folder = local_folder(name, revision=revision)
+    tokenizer = load_tokenizer(name, revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).get_text_config()
+    except Exception as error:
+        raise ModelError(f"cannot read the configuration of {model}: {str(error).splitlines()[0]}") from error
+    longest = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+    if max_model_len is not None and max_model_len > longest:
+        raise ModelError(f"max_model_len {max_model_len} is more than the {longest} positions {model} was trained with")
+    return ModelFacts(
+        name=name,
+        folder=folder,
+        tokenizer=tokenizer,
+        max_model_len=max_model_len or longest,
+        vocab_size=config.vocab_size,
+        end_ids=end_token_ids(folder, tokenizer),
+        fingerprint=fingerprint_weights(folder).removeprefix("sha256:")[:32],
+        architecture=(config.architectures or [type(config).__name__])[0],
+    )
+
+
+def end_token_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """Return every id that ends an answer: of generation_config.json, config.json and the tokenizer."""
+    ids: set[int] = set()
+    for file in ("generation_config.json", "config.json"):
+        path = Path(folder) / file
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)

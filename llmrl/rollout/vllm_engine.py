@@ -1,0 +1,415 @@
+"""The `vllm` backend: vLLM in this process or a child of it, with continuous batching, LoRA and new weights.
+
+One thread owns vLLM's engine: it takes requests from an inbox whenever it comes by, so that requests of many callers
+share batches and none waits for another. An update is a command in the same inbox: what was sent before it is finished
+with the old weights, what is sent after it waits.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrl.errors import EngineError, ModelError, RequestError, SyncError, VersionError
+from llmrl.rollout.adapters import check_adapter, served_rank
+from llmrl.rollout.engine import BaseEngine, Request, find_stop, first_line, settle
+from llmrl.rollout.model_facts import ModelFacts, read_facts
+from llmrl.rollout.protocols import Sample
+from llmrl.rollout.transfer import TransferFolder
+from llmrl.rollout.weight_files import VLLM_BACKEND, WEIGHTS_TOUCHED, write_weights
+from llmrl.types import FinishReason, PolicyVersion
+from llmrl.vllm_compat import check_versions, prepare_cpu_process, vllm_build, why_no_vllm
+
+if TYPE_CHECKING:
+    import torch
+
+_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
+_CPU_KV_CACHE_BYTES = 1 << 30
+
+
+@dataclass
+class _Job:
+    """A request under way, and what turns vLLM's output into its answer."""
+
+    future: Future[Any]
+    prompt: list[int]
+    params: Any
+    base: bool
+    read: Callable[[Any], Any]
+
+
+class VllmEngine(BaseEngine):
+    """A model in vLLM.
+
+    Args:
+        model: A folder or a hub name.
+        dtype: "auto" (float32 on a CPU, else the checkpoint's), "float32", "bfloat16" or "float16".
+        max_model_len: A shorter context than the model's own.
+        max_lora_rank: Highest rank of an adapter to come; 0 takes none.
+        adapter: Folder of a PEFT adapter to start with.
+        own_process: Run vLLM's core in a child process; None does so on a GPU. On a CPU it doubles the time to start.
+        kv_cache_memory_bytes: Size of the KV cache; None leaves it to vLLM on a GPU and takes 1 GiB on a CPU.
+        transfer_dir: Where new weights pass through; None takes a private folder in memory (/dev/shm) where it fits.
+        options: Further arguments of `vllm.LLM`, e.g. tensor_parallel_size or gpu_memory_utilization.
+
+    Raises:
+        VersionError: vLLM is not installed, or outside the versions llmrl was run with.
+        EngineError: vLLM does not start; the message is its own.
+    """
+
+    supports_json_schema = True
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_lora_rank: int = 0,
+        adapter: Path | str | None = None,
+        own_process: bool | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        transfer_dir: Path | str | None = None,
+        **options: Any,
+    ) -> None:
+        build = vllm_build()
+        if build is None:
+            raise VersionError(f"vLLM cannot be used here: {why_no_vllm()}")
+        check_versions(("vllm",))
+        facts = read_facts(model, max_model_len=max_model_len)
+        super().__init__(
+            facts.tokenizer, max_model_len=facts.max_model_len, vocab_size=facts.vocab_size, end_ids=facts.end_ids
+        )
+        rank = check_adapter(adapter, facts.folder).rank if adapter else 0
+        settings = _settings(facts, build, dtype, max(max_lora_rank, rank), kv_cache_memory_bytes) | options
+        self._own_process = build != "cpu" if own_process is None else own_process
+        self._llm = _start_vllm(settings, own_process=self._own_process)
+        self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
+        self.max_lora_rank = settings.get("max_lora_rank", 0)
+        self._version = self._base_version = PolicyVersion(0, facts.fingerprint)
+        self._label = self._llm.llm_engine.get_weight_version()
+        self._folder = facts.folder
+        self._transfer = TransferFolder(transfer_dir)
+        self._lora: Any = None
+        self._inbox: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: dict[str, _Job] = {}
+        self._number = 0
+        self._broken: EngineError | None = None
+        self._thread = threading.Thread(target=self._drive, name="llmrl-vllm", daemon=True)
+        self._thread.start()
+        if adapter:
+            self.update(Path(adapter))
+
+    # what callers ask
+
+    def _start(self, request: Request) -> Future[Sample]:
+        version = self._base_version if request.base else None
+        return self._send(
+            list(request.token_ids), _sampling_params(request), request.base, self._reader(request, version)
+        )
+
+    def score(self, token_ids: Sequence[int], *, base: bool = False) -> list[float]:
+        """Return the log-probability of tokens 1 to T-1 given those before them: `T - 1` numbers in nats."""
+        from vllm import SamplingParams
+
+        ids = list(self.check_ids(token_ids))
+        if len(ids) >= self.max_model_len:
+            raise RequestError(f"cannot score {len(ids)} tokens: the context holds {self.max_model_len} with one more")
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+
+        def read(output: Any) -> list[float]:
+            pairs = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+            return [step[token].logprob for token, step in pairs]
+
+        return self._send(ids, params, base, read).result()
+
+    def cached_tokens(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens of a prompt came out of the prefix cache just now."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        return self._send(list(prompt), params, False, lambda output: output.num_cached_tokens or 0).result()
+
+    def update(self, source: Mapping[str, torch.Tensor] | Path) -> PolicyVersion:
+        """Take new weights, or a PEFT adapter in place of the one before; see `Syncable`.
+
+        Raises:
+            SyncError: A tensor is missing, unknown or corrupted. Nothing has changed then.
+            ModelError: vLLM does not serve such an adapter.
+        """
+        done: Future[PolicyVersion] = Future()
+
+        def run() -> None:
+            try:
+                settle(done, self._load_adapter(source) if isinstance(source, Path) else self._load_weights(source))
+            except BaseException as error:
+                settle(done, error=error)
+
+        self._put(run, done)
+        version = done.result()
+        self.trust()
+        return version
+
+    def close(self) -> None:
+        """Stop the engine and free what it holds; requests under way fail."""
+        self._inbox.put(None)
+        self._thread.join(timeout=60)
+        self._transfer.remove()
+
+    # the thread that owns vLLM
+
+    def _send(self, prompt: list[int], params: Any, base: bool, read: Callable[[Any], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._put(_Job(future, prompt, params, base, read), future)
+        return future
+
+    def _put(self, work: _Job | Callable[[], None], future: Future[Any]) -> None:
+        if self._broken is None:
+            self._inbox.put(work)
+        if self._broken is not None:  # the thread may have ended just now, with nobody left to read the inbox
+            settle(future, error=self._broken)
+
+    def _drive(self) -> None:
+        engine = self._llm.llm_engine
+        update: Callable[[], None] | None = None  # waits for what was sent before it; what comes after it waits
+        try:
+            while True:
+                while update is None and (not self._inbox.empty() or not self._jobs):
+                    work = self._inbox.get()
+                    if work is None:
+                        raise EngineError("the engine was closed")
+                    if isinstance(work, _Job):
+                        self._admit(work)
+                    else:
+                        update = work
+                if update is not None and not self._jobs:
+                    update()
+                    update = None
+                    continue
+                self._withdraw()
+                for output in engine.step() if self._jobs else []:
+                    if output.finished:
+                        self._finish(output)
+        except BaseException as error:
+            self._broken = error if isinstance(error, EngineError) else EngineError(_died(error))
+            self._fail_all(self._broken)
+        finally:
+            with suppress(Exception):
+                engine.engine_core.shutdown()
+
+    def _admit(self, job: _Job) -> None:
+        from vllm import TokensPrompt
+
+        if job.future.cancelled():
+            return
+        self._number += 1
+        name = str(self._number)
+        prompt = TokensPrompt(prompt_token_ids=job.prompt)
+        try:
+            self._llm.llm_engine.add_request(name, prompt, job.params, lora_request=None if job.base else self._lora)
+        except (ValueError, TypeError) as error:
+            settle(job.future, error=RequestError(f"vLLM refused the request: {first_line(error)}"))
+            return
+        self._jobs[name] = job
+
+    def _finish(self, output: Any) -> None:
+        job = self._jobs.pop(output.request_id, None)
+        if job is None:  # withdrawn
+            return
+        try:
+            settle(job.future, job.read(output))
+        except EngineError as error:
+            settle(job.future, error=error)
+        except Exception as error:
+            settle(job.future, error=EngineError(f"vLLM's answer cannot be read: {type(error).__name__}: {error}"))
+
+    def _withdraw(self) -> None:
+        gone = [name for name, job in self._jobs.items() if job.future.cancelled()]
+        if gone:
+            self._llm.llm_engine.abort_request(gone)
+            for name in gone:
+                del self._jobs[name]
+
+    def _fail_all(self, error: EngineError) -> None:
+        for job in self._jobs.values():
+            settle(job.future, error=error)
+        self._jobs.clear()
+        with suppress(queue.Empty):
+            while True:
+                work = self._inbox.get_nowait()
+                if isinstance(work, _Job):
+                    settle(work.future, error=error)
+                elif work is not None:
+                    work()  # an update: it reports its own failure
+
+    def _reader(self, request: Request, version: PolicyVersion | None) -> Callable[[Any], Sample]:
+        def read(output: Any) -> Sample:
+            answer = output.outputs[0]
+            labels = {span.version for span in getattr(answer, "weight_versions", None) or ()}
+            if labels - {self._label}:
+                raise EngineError(f"sampled with the weights {sorted(labels)}, expected {self._label}; update again")
+            ids = tuple(answer.token_ids)
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            cut = find_stop(text, request.sampling.stop)
+            return Sample(
+                token_ids=ids,
+                logprobs=tuple(step[token].logprob for token, step in zip(ids, answer.logprobs, strict=True)),
+                text=text[: cut[0]] if cut else text,
+                finish_reason=_FINISH.get(answer.finish_reason, FinishReason.ABORT),
+                policy_version=version or self._version,
+                stop_reason=answer.stop_reason,
+                top_logprobs=_top_logprobs(answer.logprobs, request.sampling.logprobs),
+            )
+
+        return read
+
+    # new weights
+
+    def _load_weights(self, tensors: Mapping[str, torch.Tensor]) -> PolicyVersion:
+        if self.max_lora_rank:
+            raise EngineError("this engine was opened for adapters (max_lora_rank); open it without to give it weights")
+        number = self._version.number + 1
+        folder = self._transfer.folder(number, sum(tensor.nbytes for tensor in tensors.values()))
+        version = PolicyVersion(number, write_weights(folder, tensors))
+        self._llm.start_weight_update()
+        try:
+            self._llm.update_weights({"update_info": {"folder": str(folder)}})
+        except Exception as error:
+            if WEIGHTS_TOUCHED in str(error):
+                self.distrust(str(error))
+            raise error if isinstance(error, SyncError) else SyncError(first_line(error)) from error
+        self._label = f"{version.number}-{version.fingerprint}"
+        self._llm.finish_weight_update(weight_version=self._label)
+        self._reset_cache()
+        self._transfer.keep_only(folder)
+        self._version = self._base_version = version
+        return version
+
+    def _load_adapter(self, source: Path) -> PolicyVersion:
+        from vllm.lora.request import LoRARequest
+
+        if not self.max_lora_rank:
+            raise EngineError("this engine takes no adapter; open it with max_lora_rank, at least the adapter's rank")
+        facts = check_adapter(source, self._folder)
+        if facts.rank > self.max_lora_rank:
+            raise ModelError(
+                f"the adapter has rank {facts.rank}, the engine was opened with max_lora_rank={self.max_lora_rank}"
+            )
+        number = self._version.number + 1
+        folder = self._transfer.folder(number, 0)
+        shutil.copytree(source, folder)  # vLLM may read it again later, and a trainer may write there again
+        # a name and a number of its own: the prefix cache is keyed by the adapter's name
+        lora = LoRARequest(f"llmrl-{number}-{facts.fingerprint[:8]}", number, str(folder))
+        try:
+            self._llm.llm_engine.add_lora(lora)
+        except Exception as error:
+            raise ModelError(f"vLLM does not load the adapter {source}: {first_line(error)}") from error
+        if self._lora is not None:
+            self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
+        self._lora = lora
+        self._reset_cache()
+        self._transfer.keep_only(folder)
+        self._version = PolicyVersion(number, facts.fingerprint)
+        return self._version
+
+    def _reset_cache(self) -> None:
+        """Forget the keys and values of the old weights; nothing runs at this point, so vLLM can drop them all."""
+        if not self._llm.reset_prefix_cache():
+            self.distrust("vLLM did not reset its prefix cache after an update, so it mixes old and new weights")
+
+
+def _settings(
+    facts: ModelFacts, build: str, dtype: str, max_lora_rank: int, kv_cache_memory_bytes: int | None
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "model": str(facts.folder),
+        "dtype": "float32" if dtype == "auto" and build == "cpu" else dtype,
+        "max_model_len": facts.max_model_len,
+        "generation_config": "vllm",  # what is sampled is said by each request, not by a file
+        "logprobs_mode": "raw_logprobs",
+        "weight_transfer_config": {"backend": VLLM_BACKEND},
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "trust_remote_code": False,
+    }
+    if build == "cpu":
+        settings["enforce_eager"] = True  # compiling never pays off at the size of models a CPU serves
+        settings["kv_cache_memory_bytes"] = kv_cache_memory_bytes or _CPU_KV_CACHE_BYTES
+    elif kv_cache_memory_bytes:
+        settings["kv_cache_memory_bytes"] = kv_cache_memory_bytes
+    if max_lora_rank:
+        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(max_lora_rank)}
+    return settings
+
+
+def _start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:
+    import torch
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not own_process:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's too
+    previous = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
+    state = torch.random.get_rng_state()  # vLLM seeds the generator of the process it runs in
+    try:
+        import vllm
+
+        if not own_process:
+            prepare_cpu_process()
+        return vllm.LLM(**settings)
+    except Exception as error:
+        hint = (
+            "\nllmrl's vLLM plugin is not installed: install llmrl as a package (pip install -e . in a checkout)"
+            if VLLM_BACKEND in str(error)
+            else ""
+        )
+        raise EngineError(f"vLLM does not start with {settings['model']}: {first_line(error)}{hint}") from error
+    finally:
+        torch.random.set_rng_state(state)
+        if previous is None:
+            del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+        else:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = previous
+
+
+def _sampling_params(request: Request) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    wanted = request.sampling
+    schema = None if wanted.json_schema is None else StructuredOutputsParams(json=wanted.json_schema)
+    return SamplingParams(
+        temperature=wanted.temperature,
+        top_p=wanted.top_p,
+        top_k=wanted.top_k,
+        min_p=wanted.min_p,
+        max_tokens=wanted.max_tokens,
+        seed=wanted.seed,
+        stop=list(wanted.stop),
+        stop_token_ids=sorted(request.end_ids),
+        ignore_eos=True,  # the end tokens are all in stop_token_ids, as for the other backends
+        logprobs=wanted.logprobs,
+        detokenize=bool(wanted.stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        structured_outputs=schema,
+    )
+
+
+def _top_logprobs(steps: Any, k: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+    if not k:
+        return ()
+    ranked = [sorted(step.items(), key=lambda item: -item[1].logprob)[:k] for step in steps]
+    return tuple(tuple((token, found.logprob) for token, found in step) for step in ranked)
+
+
+def _died(error: BaseException) -> str:
+    return f"vLLM died: {type(error).__name__}: {first_line(error)}; finished work is kept, the same command goes on"

@@ -1,0 +1,74 @@
+"""A trainer's weights under the names they have on disk, which is what every engine reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrl.errors import ModelError
+
+
+def disk_weights(model: Any) -> dict[str, Tensor]:
+    """Return the weights of a causal LM by their names in a checkpoint, tied ones once.
+
+    A PEFT model gives the weights it computes with: base plus adapter, merged into new tensors. The model itself is
+    not touched: merging in place and back does not return to the same numbers.
+
+    Raises:
+        ModelError: a PEFT adapter of another kind than LoRA, or a DTensor, which has to be gathered first.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = unwrap(model)
+    merged: dict[str, Tensor] = {}
+    if hasattr(model, "peft_config"):
+        merged = _merged_layers(model)
+        model = model.get_base_model()
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in [*model.named_parameters(), *_persistent_buffers(model)]:
+        plain = name.replace(".base_layer.", ".")
+        if ".lora_" in name:
+            continue
+        if hasattr(parameter, "full_tensor"):
+            raise ModelError(f"{name} is spread over processes: give update() the gathered state dict")
+        tensors[plain] = merged.get(plain, parameter.detach())
+    return dict(revert_weight_conversion(model, tensors))
+
+
+def unwrap(model: Any) -> Any:
+    """Take off the wrappers of DDP and torch.compile."""
+    while True:
+        inner = getattr(model, "module", None) if type(model).__name__ == "DistributedDataParallel" else None
+        inner = inner if inner is not None else getattr(model, "_orig_mod", None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _persistent_buffers(model: Any) -> list[tuple[str, Tensor]]:
+    kept = set(model.state_dict())
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+
+
+@torch.no_grad()
+def _merged_layers(model: Any) -> dict[str, Tensor]:
+    """Return W + BA for each adapted layer, in float32 for the sum and the layer's dtype for the result."""
+    from peft.tuners.lora import LoraLayer
+
+    merged = {}
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            if hasattr(layer, "modules_to_save"):
+                raise ModelError(f"{name} is trained whole (modules_to_save): save and reload the merged model instead")
+            continue
+        if layer.merged:
+            raise ModelError(f"{name} has its adapter merged in place: call unmerge_adapter() before an update")
+        weight = layer.get_base_layer().weight
+        total = weight.float()
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
+                total = total + layer.get_delta_weight(adapter).float()
+        merged[f"{name}.weight"] = total.to(weight.dtype)
+    return merged
