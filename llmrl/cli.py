@@ -10,6 +10,7 @@ from llmrl.errors import UsageError, did_you_mean, run_command
 
 _COMMANDS = {
     "calibrate": "make a model's token probabilities mean something; --verify checks a calibrated one on new data",
+    "rollout": "sample answers to a file of prompts with transformers, vLLM or vLLM servers",
     "serve": "serve a folder llmrl wrote with vLLM, after checking that its heads will be used",
     "doctor": "versions found and wanted, which backends work, GPU and memory",
 }
@@ -21,8 +22,8 @@ llmrl {version}: post-training and agent RL for open causal language models.
 commands:
 {commands}
 
-llmrl COMMAND --help lists the options of a command. Exit codes: 0 done, 1 error, 2 usage, 130 interrupted.
-LLMRL_DEBUG=1 shows the traceback of an error."""
+llmrl COMMAND --help lists the options of a command. Exit codes: 0 done, 1 error, 2 usage, 3 finished with
+failed rows, 130 interrupted. LLMRL_DEBUG=1 shows the traceback of an error."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def _run(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    command = {"calibrate": _calibrate, "serve": _serve, "doctor": _doctor}.get(argv[0])
+    command = {"calibrate": _calibrate, "rollout": _rollout, "serve": _serve, "doctor": _doctor}.get(argv[0])
     if command is None:
         raise UsageError(f"unknown command '{argv[0]}'{did_you_mean(argv[0], _COMMANDS)}")
     return _with_help(command, argv[1:])
@@ -56,6 +57,12 @@ def _calibrate(argv: list[str]) -> int:
     from llmrl.commands import run_calibrate
 
     return run_calibrate(argv)
+
+
+def _rollout(argv: list[str]) -> int:
+    from llmrl.commands import run_rollout
+
+    return run_rollout(argv)
 
 
 def _serve(argv: list[str]) -> int:

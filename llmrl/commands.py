@@ -43,6 +43,27 @@ def run_calibrate(argv: list[str], prog: str = "llmrl calibrate") -> int:
     return EXIT_DONE
 
 
+def run_rollout(argv: list[str], prog: str = "llmrl rollout") -> int:
+    """Parse options, then sample; return the exit code.
+
+    Args:
+        argv: arguments without the program's name.
+        prog: shown in usage messages.
+    """
+    from llmrl.rollout.options import RolloutConfig
+
+    config = parse_config(
+        RolloutConfig,
+        argv,
+        prog=prog,
+        description="Sample answers to a file of prompts: token ids, logprobs and text, in the order of the prompts.",
+    )
+    _quiet_libraries(config.quiet)
+    from llmrl.rollout.run import rollout
+
+    return rollout(config)
+
+
 def _quiet_libraries(quiet: bool) -> None:
     import logging as standard_logging
     import os

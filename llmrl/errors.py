@@ -80,6 +80,10 @@ class SyncError(LlmrlError):
     """Engine and trainer do not hold the same weights after an update; nothing sampled since can be trusted."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with what was kept and how to go on."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Return the entry of `known` closest to `word`, or None when none is close."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -116,8 +120,11 @@ def run_command(command: Callable[[], int | None]) -> int:
     with _sigterm_as_interrupt() as terminated:
         try:
             return command() or EXIT_DONE
-        except KeyboardInterrupt:
-            _print_error("interrupted: finished parts are kept; the same command goes on (--resume_from_checkpoint)")
+        except KeyboardInterrupt as interrupt:
+            _print_error(
+                str(interrupt)
+                or "interrupted: finished parts are kept; the same command goes on (--resume_from_checkpoint)"
+            )
             return 128 + signal.SIGTERM if terminated else EXIT_INTERRUPTED
         except BrokenPipeError:  # the reader of our output went away (`| head`): not an error of ours
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -63,7 +63,8 @@ class Conversation:
     The order is `add`, `prompt`, an engine, `answer`, and again. `prompt` changes nothing, so a failed request can be
     repeated; only `answer` makes the prompt part of the record. An answer stands in later prompts as the text the
     model wrote, calls to tools included; `tool_calls` are recorded beside it and not rendered, because a template
-    would write them in its own form. Templates that need them (those of Mistral's tools, gpt-oss) refuse.
+    would write them in its own form. Where a template takes tool messages only after such calls (gpt-oss, Gemma 4),
+    `prompt` refuses; send what the tool said as a user message there.
 
     Args:
         tokenizer: Any Hugging Face tokenizer with a chat template.
@@ -276,8 +277,8 @@ class Conversation:
             if mark not in rendered:
                 role = self._messages[i].role
                 raise DataError(
-                    f"the chat template leaves out the {role} message '{self._messages[i].content:.40}'; give it a role "
-                    "that the template writes, such as user"
+                    f"the chat template leaves out the {role} message '{self._messages[i].content:.40}' at this place; give "
+                    "it a role that the template writes, such as user"
                 )
 
     def _new_ids(self, text: str, goes_on: bool) -> tuple[int, ...]:

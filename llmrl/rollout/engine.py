@@ -39,6 +39,7 @@ class BaseEngine(ABC):
     """A model that samples and scores. Use it as a context manager, or call `close`."""
 
     supports_json_schema = False
+    dtype = "float32"
 
     def __init__(self, tokenizer: Any, *, max_model_len: int, vocab_size: int, end_ids: frozenset[int]) -> None:
         self.tokenizer = tokenizer
@@ -47,6 +48,11 @@ class BaseEngine(ABC):
         self.end_ids = end_ids
         self._version = PolicyVersion(0, "unknown")
         self._distrusted: str | None = None
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether an update may be the folder of a PEFT adapter."""
+        return False
 
     @property
     def version(self) -> PolicyVersion:

@@ -23,13 +23,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from llmrl.errors import DataError
-from llmrl.types import Message, Record, Turn
+from llmrl.types import Message, Record
 
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
 _FORM = 'write <tool_call>{"name": "...", "arguments": {...}}</tool_call>'
@@ -61,9 +62,15 @@ class Step(Record):
         self._need(not (self.done and self.truncated), "truncated", "false where done is true")
         over = self.done or self.truncated
         self._need(over or bool(messages), "messages", "a message to go on with, or done=True")
-        # a Turn and its rewards, and an object of a record, are checked where they are kept: refuse here what they refuse
-        rewards = Turn(Message("assistant", ""), rewards=dict(self.rewards)).rewards
-        self._set(messages=messages, rewards=rewards, metadata=_plain_json(self.metadata))
+        numbers = [isinstance(r, int | float) and not isinstance(r, bool) for r in dict(self.rewards).values()]
+        self._need(all(numbers) and all(map(math.isfinite, self.rewards.values())), "rewards", "named finite numbers")
+        try:
+            metadata = json.loads(json.dumps(dict(self.metadata), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"Step.metadata: expected what JSON can hold, got {self.metadata!r:.80} ({error})"
+            ) from None
+        self._set(messages=messages, rewards=dict(self.rewards), metadata=metadata)
 
 
 @runtime_checkable
@@ -129,13 +136,3 @@ def _tool_call(body: str, end: str) -> ToolCall:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON, use null")
-
-
-def _plain_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        plain = json.loads(json.dumps(metadata, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise DataError(f"Step.metadata: expected what JSON can hold (no NaN), got {metadata!r:.80} ({error})") from None
-    if not isinstance(plain, dict):
-        raise DataError(f"Step.metadata: expected an object, got {metadata!r:.80}")
-    return plain

@@ -32,7 +32,8 @@ _KEEP_ALIVE = 2.0
 _LONGEST_MESSAGE = 600
 # how vLLM wraps the error of a worker process
 _WRAPPED = re.compile(
-    r"^(?:Call to \w+ method failed: )?(?:Worker failed with error ['\"](?P<inner>.*)['\"], please check the stack.*)$", re.S
+    r"^(?:Call to \w+ method failed: )?(?:Worker failed with error ['\"](?P<inner>.*)['\"], please check the stack.*)$",
+    re.S,
 )
 
 

@@ -72,6 +72,7 @@ class ShardWriter:
         self.rank = rank
         self.roll_bytes = roll_bytes
         self.written = 0
+        self._fd, self._size, self._synced, self._synced_size = -1, 0, 0.0, 0
         numbers = [int(path.stem.split("-")[1]) for path in self.folder.glob(f"{rank:05d}-*.jsonl")]
         self._open(max(numbers, default=0))
 

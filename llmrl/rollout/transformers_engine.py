@@ -102,6 +102,11 @@ class TransformersEngine(BaseEngine):
             self._fail_waiting(self._closed)
         return future
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether an update may be the folder of a PEFT adapter."""
+        return True
+
     def score(self, token_ids: Sequence[int], *, base: bool = False) -> list[float]:
         """Return the log-probability of tokens 1 to T-1 given those before them: `T - 1` numbers in nats."""
         return self.score_batch([token_ids], base=base)[0]

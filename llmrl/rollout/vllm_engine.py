@@ -11,6 +11,7 @@ import os
 import queue
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -115,6 +116,11 @@ class VllmEngine(BaseEngine):
         return self._send(
             list(request.token_ids), _sampling_params(request), request.base, self._reader(request, version)
         )
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether an update may be the folder of a PEFT adapter."""
+        return bool(self.max_lora_rank)
 
     def score(self, token_ids: Sequence[int], *, base: bool = False) -> list[float]:
         """Return the log-probability of tokens 1 to T-1 given those before them: `T - 1` numbers in nats."""
@@ -338,6 +344,7 @@ def _settings(
         "weight_transfer_config": {"backend": VLLM_BACKEND},
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "trust_remote_code": False,
     }
     if build == "cpu":
@@ -361,11 +368,13 @@ def _start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
     state = torch.random.get_rng_state()  # vLLM seeds the generator of the process it runs in
     try:
-        import vllm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of vLLM about its own use of torch
+            import vllm
 
-        if not own_process:
-            prepare_cpu_process()
-        return vllm.LLM(**settings)
+            if not own_process:
+                prepare_cpu_process()
+            return vllm.LLM(**settings)
     except Exception as error:
         hint = (
             "\nllmrl's vLLM plugin is not installed: install llmrl as a package (pip install -e . in a checkout)"

@@ -105,6 +105,8 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         """Return parameters that no tensor reached, and fused ones that some parts did not reach."""
         missing, tied = [], self._tied()
         for name, module in self.model.named_modules():
+            # a server with LoRA wraps its layers; names on disk know nothing of it
+            name = name.replace(".base_layer", "")
             own = [f"{name}.{p}" for p, _ in module.named_parameters(recurse=False)]
             part_missing = [p for p in own if not (p in loaded or p in tied or p.startswith(PREFIX))]
             info = get_layerwise_info(module)

@@ -1,0 +1,109 @@
+"""Prompts from a JSONL file, and the token ids of each.
+
+A file that is not JSONL is refused whole, before a model is loaded. A row that is JSON and cannot be sampled from is an
+error of its own, under its id, and the others go on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from llmrl.errors import DataError, RequestError, UsageError
+from llmrl.rollout.chat import Conversation
+from llmrl.types import Message
+
+# how the families of models write their control tokens in text
+_CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|</?(?:start|end)_of_turn>|\[/?INST\]")
+
+
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """Return the rows of a file, each with its `id`.
+
+    Raises:
+        UsageError: no such file.
+        DataError: not JSONL, no row, an id that is no text, or an id twice; the message names the line.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"not found: {path} (--prompts)")
+    try:
+        raw = file.read_bytes()
+        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    rows: list[dict[str, Any]] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        row = _row(line, f"{path}:{number}")
+        row_id = row.setdefault("id", str(len(rows)))
+        if not isinstance(row_id, str) or not row_id:
+            raise DataError(f"{path}:{number}: expected an id that is text, got {row_id!r:.60}; write it in quotes")
+        if row_id in lines:
+            raise DataError(
+                f"{path}:{number}: the id {row_id!r:.60} is that of line {lines[row_id]} too; give each its own"
+            )
+        lines[row_id] = number
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path} has no rows: expected a line of JSON with 'prompt' or 'messages' for each")
+    return rows
+
+
+def encode_row(row: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """Return the token ids to sample after.
+
+    A `prompt` is encoded with the special tokens the tokenizer adds by default. `messages` go through the chat template,
+    up to where the assistant begins to write.
+
+    Raises:
+        RequestError: neither or both of them, an empty one, or a control token that this tokenizer does not have.
+        DataError: the messages or the chat template refuse.
+        ModelError: the tokenizer has no chat template.
+    """
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if (prompt is None) == (messages is None):
+        got = "both" if prompt is not None else f"the keys {', '.join(row)}"
+        raise RequestError(f"expected 'prompt' or 'messages', got {got}")
+    if messages is not None:
+        if not isinstance(messages, list) or not messages:
+            raise RequestError(f"messages: expected a list of messages, got {messages!r:.60}")
+        parsed = [Message.from_json(message) for message in messages]
+        for message in parsed:
+            _check_control(message.content, tokenizer)
+        talk = Conversation(tokenizer)
+        talk.add(*parsed)
+        return talk.prompt()
+    if not isinstance(prompt, str):
+        raise RequestError(f"prompt: expected text, got {type(prompt).__name__}")
+    if not prompt:
+        raise RequestError("the prompt is empty: expected text")
+    _check_control(prompt, tokenizer)
+    return tuple(tokenizer(prompt)["input_ids"])
+
+
+def _check_control(text: str, tokenizer: Any) -> None:
+    """Refuse another family's control tokens: they would be read as letters, and the model would see no turn at all."""
+    known = None
+    for found in _CONTROL.findall(text):
+        known = tokenizer.get_vocab() if known is None else known
+        if found not in known:
+            raise RequestError(
+                f"holds {found}, a control token that this model's tokenizer does not know; "
+                "write the row as 'messages', or leave the token out"
+            )
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with 'prompt' or 'messages', got {type(row).__name__}")
+    return row

@@ -1,0 +1,308 @@
+"""The `server` backend: any number of plain `vllm serve` processes by URL, here or on other machines.
+
+One HTTP request a sample. It goes to the server with the fewest requests; where that one fails, the same request with the
+same seed goes to another, so that each future settles once and nothing is lost or drawn twice. Nothing is believed that
+does not hold up (`server_answers`), and after an update nothing from a server that does not hold the new weights
+(`server_updates`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llmrl.errors import EngineError, LlmrlError, RequestError
+from llmrl.rollout.adapters import check_adapter
+from llmrl.rollout.engine import BaseEngine, Request
+from llmrl.rollout.http import LoopThread, Refusal, ServerBusy, ServerFault
+from llmrl.rollout.model_facts import read_facts
+from llmrl.rollout.protocols import Sample
+from llmrl.rollout.server_answers import completion_body, read_completion, read_score, score_body
+from llmrl.rollout.server_pool import Member, Pool
+from llmrl.rollout.server_updates import Held, UnusableError, Updates
+from llmrl.rollout.transfer import TransferFolder
+from llmrl.rollout.weight_files import write_weights
+from llmrl.types import PolicyVersion, SamplingConfig
+
+if TYPE_CHECKING:
+    import torch
+
+_T = TypeVar("_T")
+_PROBE = "The quick brown fox, 12 times."
+# mean difference in nats: above what precisions differ by between prefill and decoding (0.05 in bfloat16), below what a
+# temperature of 2 does to logprobs (0.5 and more)
+_RAW_TOLERANCE = 0.2
+_PROBE_TOKENS = 16
+
+
+class ServerEngine(BaseEngine):
+    """A model that is served by vLLM, as often as there are URLs.
+
+    Opening it checks that all servers serve the same model, with this tokenizer, and report raw logprobs; weights that
+    an earlier run left on them are replaced by those of the model.
+
+    Args:
+        model: The folder or hub name the servers were started with, as seen from here: its tokenizer, end tokens and
+            vocabulary are used, and its weights when servers have to be put back to the start.
+        urls: Of the servers, such as http://127.0.0.1:8000.
+        adapter: Folder of a PEFT adapter to start with.
+        timeout: Seconds to wait for one answer.
+        retries: How many failures of servers one request survives.
+        patience: Seconds to wait for a server to come back when all are down.
+        transfer_dir: Where new weights pass through: a folder all machines share. None takes a private folder in memory
+            (/dev/shm) where it fits, which only servers on this machine see.
+        require_sync: Refuse servers that cannot take new weights now instead of at the first update.
+        api_key: Sent to the servers as a bearer token.
+
+    Raises:
+        EngineError: A server does not answer, or serves something else than the others or than `model`.
+    """
+
+    supports_json_schema = True
+
+    def __init__(
+        self,
+        model: str,
+        urls: Sequence[str],
+        *,
+        adapter: Path | str | None = None,
+        timeout: float = 600.0,
+        retries: int = 5,
+        patience: float = 15.0,
+        transfer_dir: Path | str | None = None,
+        require_sync: bool = False,
+        api_key: str | None = None,
+    ) -> None:
+        facts = read_facts(model)
+        super().__init__(
+            facts.tokenizer, max_model_len=facts.max_model_len, vocab_size=facts.vocab_size, end_ids=facts.end_ids
+        )
+        self._version = PolicyVersion(0, facts.fingerprint)
+        self._folder = facts.folder
+        self._run = secrets.token_hex(3)  # in the names of adapters: those of another run may still be loaded
+        self._transfer = TransferFolder(transfer_dir)
+        self._updating = threading.Lock()
+        self._loop = LoopThread("llmrl-servers")
+        try:
+            self._loop.run(self._connect(urls, timeout, retries, patience, api_key, require_sync))
+            if adapter:
+                self.update(Path(adapter))
+        except BaseException:
+            self.close()
+            raise
+
+    # opening
+
+    async def _connect(
+        self,
+        urls: Sequence[str],
+        timeout: float,
+        retries: int,
+        patience: float,
+        api_key: str | None,
+        require_sync: bool,
+    ) -> None:
+        self._pool = Pool(
+            urls, timeout=timeout, retries=retries, patience=patience, api_key=api_key, revive=self._revive
+        )
+        members = self._pool.members
+        cards = await asyncio.gather(*(_at_open(member, _base_card(member)) for member in members))
+        _check_same([member.url for member in members], cards)
+        self._card = cards[0]
+        self.served_name, _, self.max_model_len = self._card
+        held = Held(self._version, self._version)
+        self._updates = Updates(self._pool, self.served_name, self._folder, held, self._transfer)
+        for member in members:
+            await _at_open(member, self._updates.reset(member))
+        await asyncio.gather(*(_at_open(member, self._check_member(member)) for member in members))
+        if require_sync:
+            for member in members:
+                await self._updates.check_means(member)
+
+    async def _check_member(self, member: Member) -> None:
+        """Ask a server for a few tokens: is its tokenizer ours, and are its logprobs raw."""
+        ids = self.tokenizer.encode(_PROBE, add_special_tokens=False)
+        try:
+            body = {"model": self.served_name, "prompt": _PROBE, "add_special_tokens": False}
+            found = (await member.http.post("/tokenize", body)).get("tokens")
+        except Refusal:  # a server may leave it out
+            found = ids
+        if found != ids:
+            raise EngineError(f"{member.url} has another tokenizer than {self._folder}: name the model it serves")
+        room = self.max_model_len - 2
+        ids = ids[: max(1, min(_PROBE_TOKENS, room // 2))]
+        sampling = SamplingConfig(temperature=2.0, max_tokens=max(1, min(_PROBE_TOKENS, room - len(ids))), seed=1)
+        sample = await self._complete(member, Request(tuple(ids), sampling, frozenset()), self._updates.held)
+        whole = [*ids, *sample.token_ids]
+        scored = read_score(await member.http.post("/v1/completions", score_body(whole, self.served_name)), whole)
+        pairs = list(zip(sample.logprobs, scored[len(ids) - 1 :], strict=True))
+        off = sum(abs(one - other) for one, other in pairs) / len(pairs)
+        if off > _RAW_TOLERANCE:
+            raise EngineError(
+                f"{member.url} reports logprobs after temperature and filters (off by {off:.2g} nats), expected raw ones: "
+                "start it without --logprobs-mode"
+            )
+
+    async def _revive(self, member: Member) -> None:
+        card = await _base_card(member)
+        if (card[0], card[2]) != (self._card[0], self._card[2]):
+            raise ServerFault(f"now serves {_shown(card)}, expected {_shown(self._card)}")
+        await self._updates.restore(member)
+
+    # requests
+
+    def _start(self, request: Request) -> Future[Sample]:
+        async def work(member: Member, held: Held) -> Sample:
+            return await self._complete(member, request, held)
+
+        return self._loop.submit(self._call(work))
+
+    def score(self, token_ids: Sequence[int], *, base: bool = False) -> list[float]:
+        """Return the log-probability of tokens 1 to T-1 given those before them: `T - 1` numbers in nats."""
+        ids = self.check_ids(token_ids)
+        if len(ids) >= self.max_model_len:
+            raise RequestError(f"cannot score {len(ids)} tokens: the context holds {self.max_model_len} with one more")
+
+        async def work(member: Member, held: Held) -> list[float]:
+            body = score_body(ids, self._name(held, base))
+            scores = read_score(await self._ask(member, body), ids)
+            await self._updates.check_answer(member, held)
+            return scores
+
+        return self._loop.run(self._call(work))
+
+    async def _call(self, work: Callable[[Member, Held], Awaitable[_T]]) -> _T:
+        async with self._pool.request():
+            if self._distrusted is not None:
+                raise EngineError(f"the engine is not used: {self._distrusted}")
+            held = self._updates.held  # does not change while a request is under way
+            return await self._pool.call(lambda member: work(member, held))
+
+    async def _complete(self, member: Member, request: Request, held: Held) -> Sample:
+        answer = await self._ask(member, completion_body(request, self._name(held, request.base)))
+        version = held.base_version if request.base else held.version
+        sample = read_completion(answer, request, tokenizer=self.tokenizer, vocab_size=self.vocab_size, version=version)
+        await self._updates.check_answer(member, held)
+        return sample
+
+    async def _ask(self, member: Member, body: dict[str, Any]) -> Any:
+        try:
+            return await member.http.post("/v1/completions", body)
+        except Refusal as refusal:
+            if refusal.status == 404:  # not the caller's mistake: the server served it when it was last asked
+                raise ServerFault(f"was restarted and does not know {body['model']} any more") from None
+            raise
+
+    def _name(self, held: Held, base: bool) -> str:
+        return self.served_name if base or held.adapter is None else held.adapter
+
+    # new weights
+
+    def update(self, source: Mapping[str, torch.Tensor] | Path) -> PolicyVersion:
+        """Take new weights, or a PEFT adapter in place of the one before, on all servers or on none; see `Syncable`.
+
+        Raises:
+            EngineError: A server was started without the means; the message holds the command that starts it right.
+            SyncError: A server failed or refused (a tensor is missing, unknown or corrupted); all sample on with the
+                weights before. Where that cannot be had either the engine refuses to sample, and the message says so.
+            ModelError: vLLM does not serve such an adapter.
+        """
+        with self._updating:
+            try:
+                version = self._change_adapter(source) if isinstance(source, Path) else self._change_weights(source)
+            except UnusableError as error:
+                self.distrust(str(error))
+                raise
+            except Exception:  # nothing has changed
+                raise
+            except BaseException:
+                self.distrust("an update was interrupted half-way; update again, or restart the servers")
+                raise
+            finally:
+                kept = (self._updates.held.folder, self._updates.held.adapter_folder)
+                self._transfer.keep_only(*(folder for folder in kept if folder))
+            self._version = version
+            self.trust()
+            return version
+
+    def _change_weights(self, tensors: Mapping[str, torch.Tensor]) -> PolicyVersion:
+        if self._updates.held.adapter:
+            raise EngineError("this engine samples with an adapter; give it adapters, or open one without for weights")
+        number = self._version.number + 1
+        folder = self._transfer.folder(number, sum(tensor.nbytes for tensor in tensors.values()))
+        version = PolicyVersion(number, write_weights(folder, tensors))
+        self._loop.run(self._in_turn(self._updates.change_weights(folder, version)))
+        return version
+
+    def _change_adapter(self, source: Path) -> PolicyVersion:
+        if self._updates.held.folder:
+            raise EngineError("this engine was given whole weights; give it weights, or open one for adapters")
+        facts = check_adapter(source, self._folder)
+        number = self._version.number + 1
+        folder = self._transfer.folder(number, 0)
+        shutil.copytree(source, folder)  # a server may read it again later, and a trainer may write there again
+        version = PolicyVersion(number, facts.fingerprint)
+        name = f"llmrl-{self._run}-{number}-{facts.fingerprint[:8]}"
+        self._loop.run(self._in_turn(self._updates.change_adapter(name, folder, version)))
+        return version
+
+    async def _in_turn(self, change: Awaitable[None]) -> None:
+        async with self._pool.update():
+            await change
+
+    def close(self) -> None:
+        """Let go of the servers, which run on; requests under way fail."""
+        self._loop.stop(self._let_go())
+        self._transfer.remove()
+
+    async def _let_go(self) -> None:
+        updates: Updates | None = getattr(self, "_updates", None)
+        if updates is not None and updates.held.adapter:
+            await updates.drop_adapter(updates.held.adapter)
+        if hasattr(self, "_pool"):
+            await self._pool.close()
+
+
+async def _at_open(member: Member, work: Awaitable[_T]) -> _T:
+    """Name the server in what goes wrong while opening."""
+    try:
+        return await work
+    except LlmrlError:
+        raise
+    except (ServerFault, ServerBusy, Refusal) as error:
+        raise EngineError(
+            f"{member.url} cannot be used: {error}\nstart it first, and check the URL: llmrl serve MODEL --port PORT"
+        ) from None
+
+
+async def _base_card(member: Member) -> tuple[str, str, int]:
+    """Return (name, root, context length) of the model a server was started with."""
+    found = await member.http.get("/v1/models")
+    try:
+        card = next(card for card in found["data"] if card.get("parent") is None)
+        return str(card["id"]), str(card["root"]), int(card["max_model_len"])
+    except (KeyError, TypeError, StopIteration, AttributeError, ValueError):
+        raise ServerFault(f"answered /v1/models with {found!r:.80}; expected a vLLM server") from None
+
+
+def _check_same(urls: Sequence[str], cards: Sequence[tuple[str, str, int]]) -> None:
+    """Refuse servers that serve different models, naming the odd ones."""
+    usual, _ = Counter(cards).most_common(1)[0]
+    odd = [f"{url} serves {_shown(card)}" for url, card in zip(urls, cards, strict=True) if card != usual]
+    if odd:
+        first = urls[cards.index(usual)]
+        raise EngineError(
+            f"{'; '.join(odd)}, but {first} serves {_shown(usual)}: start all servers with the same model and options"
+        )
+
+
+def _shown(card: tuple[str, str, int]) -> str:
+    name, root, length = card
+    return f"{name} (from {root}, {length} tokens of context)"

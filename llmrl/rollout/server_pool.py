@@ -1,0 +1,228 @@
+"""Requests over several servers: the least loaded one gets the next, a failed one is left alone until it is well again.
+
+Everything here runs in one event loop, so nothing is locked against threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+from llmrl.errors import EngineError, RequestError, UsageError
+from llmrl.rollout.http import HttpServer, Refusal, ServerBusy, ServerFault
+
+_T = TypeVar("_T")
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
+_HEALTH_TIMEOUT = 10.0
+RESUME = "finished work is kept, and the same command goes on once a server is back"
+
+
+class Member:
+    """A server of the pool.
+
+    `in_flight` counts requests it is answering, `faults` those it failed in a row; `error` is why it was taken out.
+    `epoch` counts how often it was given weights because it did not hold the right ones: an answer that began in an
+    earlier epoch was sampled from others.
+    """
+
+    def __init__(self, http: HttpServer) -> None:
+        self.http = http
+        self.up = True
+        self.in_flight = self.faults = self.epoch = self.turn = 0
+        self.error = ""
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.http.url
+
+
+class Pool:
+    """Servers that are interchangeable.
+
+    Args:
+        urls: At least one, each once.
+        timeout: Seconds to wait for one answer.
+        retries: How many failures of servers one request survives.
+        patience: Seconds to wait for a server to come back when all are down.
+        api_key: Sent to each.
+        revive: Called with a server that is healthy again, before it gets requests; raises when it cannot be used.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout: float,
+        retries: int,
+        patience: float,
+        api_key: str | None = None,
+        revive: Callable[[Member], Awaitable[None]] | None = None,
+    ) -> None:
+        if isinstance(urls, str) or not urls:
+            raise UsageError("expected a list of at least one server, such as http://127.0.0.1:8000")
+        self.members = [Member(HttpServer(url, timeout=timeout, api_key=api_key)) for url in urls]
+        names = [member.url for member in self.members]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UsageError(f"each server once, got {', '.join(twice)} more often")
+        self.timeout, self.retries, self.patience = timeout, retries, patience
+        # held while a server is brought back and while all are updated: neither may meet the other half-way
+        self.changing = asyncio.Lock()
+        self._revive = revive
+        self._someone_up = asyncio.Event()
+        self._someone_up.set()
+        self._down_since: float | None = None
+        self._reviving: set[asyncio.Task[None]] = set()
+        self._turn = 0
+        self._open = asyncio.Event()
+        self._open.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._inside = 0
+
+    @property
+    def up(self) -> list[Member]:
+        """The servers that get requests."""
+        return [member for member in self.members if member.up]
+
+    async def call(self, work: Callable[[Member], Awaitable[_T]]) -> _T:
+        """Let servers do `work`, one after the other, until one has done it.
+
+        Raises:
+            RequestError: A server refused the request itself.
+            EngineError: No server is left, or too many failed on this request.
+        """
+        failures: list[str] = []
+        busy_since: float | None = None
+        pauses = 0
+        while True:
+            member = await self._pick()
+            try:
+                return await self._once(member, work)
+            except Refusal as refusal:
+                raise RequestError(f"{member.url} refused the request ({refusal.status}): {refusal}") from None
+            except ServerFault as fault:
+                failures.append(f"{member.url}: {fault}")
+                if len(failures) > self.retries:
+                    raise EngineError(
+                        f"{len(failures)} servers in a row failed on one request, the last ones: "
+                        f"{'; '.join(failures[-3:])}; {RESUME}"
+                    ) from None
+            except ServerBusy as busy:
+                now = asyncio.get_running_loop().time()
+                busy_since = now if busy_since is None else busy_since
+                if now - busy_since > self.timeout:
+                    raise EngineError(
+                        f"{member.url} has been too busy for {self.timeout:g} s ({busy}); {RESUME}"
+                    ) from None
+                await asyncio.sleep(_pause(pauses))
+                pauses += 1
+
+    async def _once(self, member: Member, work: Callable[[Member], Awaitable[_T]]) -> _T:
+        member.in_flight += 1
+        epoch = member.epoch
+        try:
+            answer = await work(member)
+            if member.epoch != epoch:  # not a fault of the server as it is now
+                raise ServerFault("was restarted while it answered")
+            member.faults = 0
+            return answer
+        except ServerFault as fault:
+            if member.epoch == epoch:
+                self.take_out(member, str(fault))
+            raise
+        finally:
+            member.in_flight -= 1
+
+    async def _pick(self) -> Member:
+        while not self.up:
+            now = asyncio.get_running_loop().time()
+            left = self.patience - (now - (self._down_since if self._down_since is not None else now))
+            try:
+                if left <= 0:
+                    raise TimeoutError
+                await asyncio.wait_for(self._someone_up.wait(), left)
+            except TimeoutError:
+                if not self.up:
+                    raise EngineError(f"no server answers. {self.report()}; {RESUME}") from None
+        member = min(self.up, key=lambda m: (m.in_flight, m.turn))
+        self._turn += 1
+        member.turn = self._turn
+        return member
+
+    def report(self) -> str:
+        """Return each server that is out with its last error."""
+        return "; ".join(f"{m.url}: {m.error}" for m in self.members if not m.up)
+
+    def take_out(self, member: Member, why: str) -> None:
+        """Give a server no more requests until it is healthy and `revive` lets it back in."""
+        if not member.up:
+            return
+        member.up, member.error = False, why
+        member.faults += 1
+        if not self.up:
+            self._someone_up.clear()
+            self._down_since = asyncio.get_running_loop().time()
+        task = asyncio.create_task(self._bring_back(member))
+        self._reviving.add(task)
+        task.add_done_callback(self._reviving.discard)
+
+    async def _bring_back(self, member: Member) -> None:
+        attempt = member.faults - 1
+        while True:
+            await asyncio.sleep(_pause(attempt))
+            attempt += 1
+            with suppress(ServerFault, ServerBusy, Refusal):  # the error it was taken out for says more
+                await member.http.get("/health", timeout=_HEALTH_TIMEOUT)
+                async with self.changing:
+                    try:
+                        if self._revive is not None:
+                            await self._revive(member)
+                    except (ServerFault, ServerBusy, Refusal) as error:
+                        member.error = str(error)
+                        continue
+                    member.up, self._down_since = True, None
+                    self._someone_up.set()
+                return
+
+    # requests and updates
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        """Around a request with all its retries: an update waits for it, or it waits for the update."""
+        while not self._open.is_set():
+            await self._open.wait()
+        self._inside += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._idle.set()
+
+    @asynccontextmanager
+    async def update(self) -> AsyncIterator[None]:
+        """Around an update: no request is under way, no server is being brought back."""
+        self._open.clear()
+        try:
+            await self._idle.wait()
+            async with self.changing:
+                yield
+        finally:
+            self._open.set()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for task in list(self._reviving):
+            task.cancel()
+        for member in self.members:
+            with suppress(Exception):
+                await member.http.close()
+
+
+def _pause(attempt: int) -> float:
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(max(attempt, 0), 16))

@@ -1,0 +1,288 @@
+"""New weights for several servers at once: all of them or none, and never an answer from others than were asked for.
+
+A full update is checked on every server before one parameter is touched, then loaded by all; when one fails, the others
+are put back. vLLM carries a label for its weights (GET /weight_info), "default" after a start. While a server loads, its
+label says so, so that whatever happens a server with half of the weights or with those of its start is told from one that
+can be used. An adapter is loaded under a name of its own for each version: the name in a request is the version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrl.errors import EngineError, SyncError
+from llmrl.heads import PREFIX, weight_files
+from llmrl.rollout.http import Refusal, ServerBusy, ServerFault
+from llmrl.rollout.server_pool import Member, Pool
+from llmrl.rollout.transfer import TransferFolder
+from llmrl.rollout.weight_files import VLLM_BACKEND, write_weights
+from llmrl.types import PolicyVersion
+
+if TYPE_CHECKING:
+    import torch
+
+START = "default"  # vLLM's label of the weights it was started with
+_LOADING = "loading-"
+_FAILURES = (ServerFault, ServerBusy, Refusal)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What every server must hold: whole weights (`folder` None: those of its start) and an adapter by its name."""
+
+    version: PolicyVersion
+    base_version: PolicyVersion
+    label: str = START
+    folder: Path | None = None
+    adapter: str | None = None
+    adapter_folder: Path | None = None
+
+
+def how_to_start(model: str, *, adapters: bool = False) -> str:
+    """Return the two commands that start a server which takes updates."""
+    lora = " --enable-lora" if adapters else ""
+    variables = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" if adapters else "VLLM_SERVER_DEV_MODE=1"
+    backend = "" if adapters else " --weight-transfer-config '" + json.dumps({"backend": VLLM_BACKEND}) + "'"
+    return f"start it with: llmrl serve {model} --sync{lora}\nor with: {variables} vllm serve {model}{lora}{backend}"
+
+
+class Updates:
+    """Brings servers from one state to the next.
+
+    Args:
+        pool: The servers.
+        model: Their base model's name for requests and messages.
+        model_folder: Folder with the weights they were started with.
+        held: What they hold now.
+        transfer: Where weights pass through.
+    """
+
+    def __init__(self, pool: Pool, model: str, model_folder: Path, held: Held, transfer: TransferFolder) -> None:
+        self.pool, self.model, self.held = pool, model, held
+        self._model_folder, self._transfer = model_folder, transfer
+
+    # one server
+
+    async def check_means(self, member: Member) -> None:
+        """Refuse a server that was started without weight updates; nothing changes on it.
+
+        Raises:
+            EngineError: With the command that starts it right.
+        """
+        try:
+            await member.http.get("/weight_info")
+            await member.http.post("/init_weight_transfer_engine", {"init_info": {}})
+        except _FAILURES as error:
+            if isinstance(error, ServerFault) and error.status is None:
+                raise EngineError(f"{member.url} cannot be asked for its weights: {error}") from None
+            why = "its development endpoints are off" if getattr(error, "status", 0) == 404 else str(error)
+            raise EngineError(f"{member.url} takes no new weights ({why})\n{how_to_start(self.model)}") from None
+
+    async def label(self, member: Member) -> str:
+        """Return a server's label of its weights."""
+        try:
+            found = await member.http.get("/weight_info")
+        except Refusal:
+            raise ServerFault("was restarted without the means for weight updates") from None
+        if not isinstance(found, dict) or not isinstance(found.get("weight_version"), str):
+            raise ServerFault(f"answered /weight_info with {found!r:.80}")
+        return found["weight_version"]
+
+    async def check_answer(self, member: Member, held: Held) -> None:
+        """Refuse an answer of a server that does not hold what it was asked for.
+
+        A label only goes back by a restart, so it is asked for after the answer.
+        """
+        if held.label != START:
+            found = await self.label(member)
+            if found == START:
+                raise ServerFault("was restarted and holds its start weights")
+            if found != held.label:
+                raise ServerFault(f"holds the weights '{found}', expected '{held.label}': somebody else updates it")
+
+    async def restore(self, member: Member) -> None:
+        """Give a server that comes back what the others hold, where it does not hold it."""
+        if self.held.label != START or await self._has_labels(member):
+            found = await self.label(member)
+            if found != self.held.label:
+                # counted before the new weights are in: what it answered until now was sampled from others
+                member.epoch += 1
+                await self._load(member, self._folder_of(self.held), self.held.label)
+        if self.held.adapter and self.held.adapter not in await served_names(member):
+            member.epoch += 1
+            await self._load_adapter(member, self.held.adapter, self.held.adapter_folder)
+
+    async def reset(self, member: Member) -> None:
+        """Take back what an earlier run left on a server: its weights, or that it is paused."""
+        if not await self._has_labels(member):
+            return
+        found = await self.label(member)
+        if found != START:
+            _log.warning("%s holds the weights '%s' of an earlier run; loading its start weights", member.url, found)
+            await self.check_means(member)
+            await self._load(member, self._folder_of(self.held), START)
+        elif (await member.http.get("/is_paused")).get("is_paused"):
+            await member.http.post("/resume")
+
+    async def _has_labels(self, member: Member) -> bool:
+        try:
+            await member.http.get("/weight_info")
+        except Refusal:
+            return False
+        return True
+
+    async def _transfer_weights(self, member: Member, info: dict[str, Any], label: str | None) -> None:
+        http = member.http
+        try:
+            await http.post("/start_weight_update")
+        except ServerFault as fault:
+            if fault.status is None or "already active" not in str(fault):
+                raise
+            await http.post("/finish_weight_update", {})  # of a client that was killed in between
+            await http.post("/start_weight_update")
+        await http.post("/update_weights", {"update_info": info})
+        await http.post("/finish_weight_update", {"weight_version": label} if label else {})
+
+    async def _load(self, member: Member, folder: Path, label: str) -> None:
+        http = member.http
+        await http.post("/update_weight_version", {"new_version": _LOADING + label})
+        await http.post("/pause?mode=wait")
+        # the label comes last: until the cache of the old weights is gone, the server is not to be used
+        await self._transfer_weights(member, {"folder": str(folder)}, None)
+        done = await http.post("/reset_prefix_cache")
+        if not isinstance(done, dict) or not done.get("success"):
+            raise ServerFault("did not reset its prefix cache, so it would mix old and new weights", 500)
+        await http.post("/update_weight_version", {"new_version": label})
+        await http.post("/resume")
+
+    async def _load_adapter(self, member: Member, name: str, folder: Path | None) -> None:
+        await member.http.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+    # all servers
+
+    async def change_weights(self, folder: Path, version: PolicyVersion) -> None:
+        """Load a folder of weights into all servers that are up; one that is down takes them when it comes back.
+
+        Raises:
+            EngineError: No server is up, or one cannot be updated at all.
+            SyncError: One failed; all hold what they held before, unless the message says that the engine is unusable.
+        """
+        members = self._members()
+        await asyncio.gather(*(self.check_means(member) for member in members))
+        stage = {"folder": str(folder), "stage": True}
+        failed = await _try_all(members, lambda m: self._transfer_weights(m, stage, None))
+        if failed:
+            self._take_out_lost(failed)
+            raise SyncError(f"{_told(failed)}; no server has taken any of it")
+        label = f"{version.number}-{version.fingerprint}"
+        failed = await _try_all(members, lambda m: self._load(m, folder, label))
+        if failed:
+            await self._put_back(members, failed)
+            raise SyncError(f"{_told(failed)}; all servers are back at version {self.held.version.number}")
+        self.held = Held(version, version, label, folder)
+
+    async def _put_back(self, members: Sequence[Member], failed: Mapping[Member, Exception]) -> None:
+        self._take_out_lost(failed)  # they get the old weights when they come back
+        rest = [member for member in members if member.up]
+        folder = self._folder_of(self.held) if rest else Path()
+        again = await _try_all(rest, lambda m: self._load(m, folder, self.held.label))
+        self._take_out_lost(again)
+        stuck = {member: error for member, error in again.items() if member.up}
+        if stuck:
+            raise UnusableError(f"{_told(failed)}; and going back failed: {_told(stuck)}; restart the servers")
+
+    async def change_adapter(self, name: str, folder: Path, version: PolicyVersion) -> None:
+        """Load an adapter into all servers that are up, then drop the one before.
+
+        Raises:
+            EngineError: No server is up, or one takes no adapters.
+            SyncError: One failed; the adapter before is used on, by all.
+        """
+        members = self._members()
+        failed = await _try_all(members, lambda m: self._load_adapter(m, name, folder))
+        if failed:
+            loaded = [member for member in members if member not in failed]
+            await _try_all(loaded, lambda m: m.http.post("/v1/unload_lora_adapter", {"lora_name": name}))
+            self._take_out_lost(failed)
+            for member, error in failed.items():
+                if getattr(error, "status", 0) == 404 and str(error) == "Not Found":
+                    start = how_to_start(self.model, adapters=True)
+                    raise EngineError(f"{member.url} takes no adapters while it runs\n{start}")
+                if "not enabled" in str(error):
+                    raise EngineError(
+                        f"{member.url} takes no adapters ({error})\n{how_to_start(self.model, adapters=True)}"
+                    )
+            raise SyncError(f"{_told(failed)}; no server uses the new adapter")
+        before = self.held.adapter
+        self.held = Held(version, self.held.base_version, adapter=name, adapter_folder=folder)
+        if before:
+            await self.drop_adapter(before)
+
+    async def drop_adapter(self, name: str) -> None:
+        """Unload an adapter nobody asks for any more; a server that fails at this loses nothing but memory."""
+        await _try_all(self.pool.up, lambda m: m.http.post("/v1/unload_lora_adapter", {"lora_name": name}, timeout=10))
+
+    def _members(self) -> list[Member]:
+        if not self.pool.up:
+            raise EngineError(f"no server is up to take new weights. {self.pool.report()}")
+        return self.pool.up
+
+    def _take_out_lost(self, failed: Mapping[Member, Exception]) -> None:
+        for member, error in failed.items():
+            if isinstance(error, ServerFault) and error.status is None:
+                self.pool.take_out(member, f"lost during an update: {error}")
+
+    def _folder_of(self, held: Held) -> Path:
+        """Return a folder with the weights of `held`; those of the start are written when first needed."""
+        if held.folder is not None:
+            return held.folder
+        tensors = start_weights(self._model_folder)
+        folder = self._transfer.folder(0, sum(tensor.nbytes for tensor in tensors.values()))
+        write_weights(folder, tensors)
+        return folder
+
+
+class UnusableError(SyncError):
+    """The servers hold different weights, and it is not known which."""
+
+
+async def served_names(member: Member) -> list[str]:
+    """Return the names a server answers to, adapters included."""
+    found = await member.http.get("/v1/models")
+    try:
+        return [card["id"] for card in found["data"]]
+    except (KeyError, TypeError):
+        raise ServerFault(f"answered /v1/models with {found!r:.80}") from None
+
+
+def start_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of a model folder by their names on disk, without llmrl's heads."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        tensors |= {name: tensor for name, tensor in load_file(file).items() if not name.startswith(PREFIX)}
+    return tensors
+
+
+async def _try_all(members: Sequence[Member], work: Any) -> dict[Member, Exception]:
+    """Let every server do it, at the same time; return those that failed, and why."""
+    results = await asyncio.gather(*(work(member) for member in members), return_exceptions=True)
+    failed: dict[Member, Exception] = {}
+    for member, result in zip(members, results, strict=True):
+        if isinstance(result, _FAILURES):
+            failed[member] = result
+        elif isinstance(result, BaseException):
+            raise result
+    return failed
+
+
+def _told(failed: Mapping[Member, Exception]) -> str:
+    return "; ".join(f"{member.url} did not take the update: {error}" for member, error in failed.items())
