@@ -11,7 +11,7 @@ from llmrl.errors import UsageError, did_you_mean, run_command
 _COMMANDS = {
     "calibrate": "make a model's token probabilities mean something; --verify checks a calibrated one on new data",
     "rollout": "sample answers to a file of prompts with transformers, vLLM or vLLM servers",
-    "serve": "serve a folder llmrl wrote with vLLM, after checking that its heads will be used",
+    "serve": "serve a folder llmrl wrote, or any model, with vLLM; --workers N starts several, --sync takes new weights",
     "doctor": "versions found and wanted, which backends work, GPU and memory",
 }
 

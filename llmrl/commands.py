@@ -25,7 +25,7 @@ def run_calibrate(argv: list[str], prog: str = "llmrl calibrate") -> int:
         description="Calibrate a causal LM's next-token probabilities; the base stays frozen and greedy text unchanged.",
         positional="model",
     )
-    _quiet_libraries(config.quiet)
+    quiet_libraries(config.quiet)
     if config.verify is not None:
         from llmrl.ats.verify import verify
 
@@ -58,13 +58,14 @@ def run_rollout(argv: list[str], prog: str = "llmrl rollout") -> int:
         prog=prog,
         description="Sample answers to a file of prompts: token ids, logprobs and text, in the order of the prompts.",
     )
-    _quiet_libraries(config.quiet)
+    quiet_libraries(config.quiet)
     from llmrl.rollout.run import rollout
 
     return rollout(config)
 
 
-def _quiet_libraries(quiet: bool) -> None:
+def quiet_libraries(quiet: bool) -> None:
+    """Silence what the libraries say beside our own output; with `quiet`, or no terminal, their progress bars too."""
     import logging as standard_logging
     import os
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any, Literal
 
+from llmrl._after_import import after_import
 from llmrl.errors import VersionError, did_you_mean
 
 PYTHON = ">=3.11"
@@ -177,11 +178,52 @@ def vllm_architectures() -> frozenset[str]:
     return frozenset(key.value for key in keys if isinstance(key.value, str))
 
 
-def prepare_cpu_process() -> None:
-    """Apply the patches of the CPU build to this process, in which vLLM's workers will run; nothing on other builds."""
+def patch_cpu_build() -> None:
+    """Mend what is broken in vLLM's CPU build, in this process; nothing on other builds. Each worker's process needs it."""
     if vllm_build() == "cpu":
         patch_cpu_lora()
-        _count_ranks_uncompiled()
+        after_import("vllm.v1.worker.cpu_model_runner", _rewind_cpu_generators)
+        after_import("vllm.v1.sample.sampler", _count_ranks_uncompiled)
+
+
+def _rewind_cpu_generators() -> None:
+    """Let seeded requests live through a prompt that is read in parts.
+
+    After each part but the last, vLLM draws a token it throws away, and sets the request's generator back by an offset. A
+    CPU generator has none: the call raises, and all requests die. Here its state is kept over the draw instead.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if hasattr(CPUModelRunner, "_llmrl_rewinds"):
+        return
+    sample, keep_books = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+
+    def thrown_away(runner: Any) -> dict[int, Any]:
+        rows = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]
+        generators = runner.input_batch.generators
+        return {int(row): generators[int(row)] for row in rows if int(row) in generators}
+
+    @functools.wraps(sample)
+    def sample_and_rewind(self: Any, *args: Any, **kwargs: Any) -> Any:
+        states = [(generator, generator.get_state()) for generator in thrown_away(self).values()]
+        output = sample(self, *args, **kwargs)
+        for generator, state in states:
+            generator.set_state(state)
+        return output
+
+    @functools.wraps(keep_books)
+    def without_offsets(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rewound = thrown_away(self)
+        for row in rewound:
+            del self.input_batch.generators[row]
+        try:
+            return keep_books(self, *args, **kwargs)
+        finally:
+            self.input_batch.generators.update(rewound)
+
+    CPUModelRunner._sample = sample_and_rewind
+    CPUModelRunner._bookkeeping_sync = without_offsets
+    CPUModelRunner._llmrl_rewinds = True
 
 
 def _count_ranks_uncompiled() -> None:

@@ -348,8 +348,12 @@ class Conversation:
         return text
 
     def _control_names(self, text: str) -> set[str]:
-        pieces = (self._plain_ids(piece) for piece in text.split(_CUT))
-        return {self._control[token] for ids in pieces for token in ids if token in self._control}
+        names = set()
+        for piece in text.split(_CUT):
+            found = {i: self._control[i] for i in self._plain_ids(piece) if i in self._control}
+            # a character outside of the vocabulary becomes the unknown token without naming it
+            names |= {name for i, name in found.items() if i != self.tokenizer.unk_token_id or name in piece}
+        return names
 
 
 def _common(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -326,16 +326,18 @@ def _play_all(
     abandoned = 0
     try:
         while True:
-            while len(live) < concurrency and (pair := next(waiting, None)):
-                one = _Live(plan, pair, events)
-                live.add(one)
-                one.start()
             now = time.monotonic()
             for one in [one for one in live if one.deadline <= now]:
-                live.discard(one)
                 if one.claim():
                     keep(one.episode(truncated_by=one.limit), now - one.begun)
+                elif one.deadline > now:  # it ended meanwhile, and has a new deadline to close its environment by
+                    continue
+                live.discard(one)
                 abandoned += not one.withdraw()
+            while len(live) < concurrency and (pair := next(waiting, None)):
+                one = _Live(plan, pair, events)
+                one.start()
+                live.add(one)
             if not live and events.empty():
                 return abandoned
             try:

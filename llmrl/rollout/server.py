@@ -13,7 +13,7 @@ import secrets
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +26,7 @@ from llmrl.rollout.model_facts import read_facts
 from llmrl.rollout.protocols import Sample
 from llmrl.rollout.server_answers import completion_body, read_completion, read_score, score_body
 from llmrl.rollout.server_pool import Member, Pool
-from llmrl.rollout.server_updates import Held, UnusableError, Updates
+from llmrl.rollout.server_updates import Held, Updates
 from llmrl.rollout.transfer import TransferFolder
 from llmrl.rollout.weight_files import write_weights
 from llmrl.types import PolicyVersion, SamplingConfig
@@ -210,27 +210,12 @@ class ServerEngine(BaseEngine):
 
         Raises:
             EngineError: A server was started without the means; the message holds the command that starts it right.
-            SyncError: A server failed or refused (a tensor is missing, unknown or corrupted); all sample on with the
-                weights before. Where that cannot be had either the engine refuses to sample, and the message says so.
+            SyncError: A server failed or refused (a tensor is missing, unknown or corrupted). The others sample on with
+                the weights before; one that broke off half-way is left out until it is restarted.
             ModelError: vLLM does not serve such an adapter.
         """
         with self._updating:
-            try:
-                version = self._change_adapter(source) if isinstance(source, Path) else self._change_weights(source)
-            except UnusableError as error:
-                self.distrust(str(error))
-                raise
-            except Exception:  # nothing has changed
-                raise
-            except BaseException:
-                self.distrust("an update was interrupted half-way; update again, or restart the servers")
-                raise
-            finally:
-                kept = (self._updates.held.folder, self._updates.held.adapter_folder)
-                self._transfer.keep_only(*(folder for folder in kept if folder))
-            self._version = version
-            self.trust()
-            return version
+            return self._change_adapter(source) if isinstance(source, Path) else self._change_weights(source)
 
     def _change_weights(self, tensors: Mapping[str, torch.Tensor]) -> PolicyVersion:
         if self._updates.held.adapter:
@@ -238,8 +223,7 @@ class ServerEngine(BaseEngine):
         number = self._version.number + 1
         folder = self._transfer.folder(number, sum(tensor.nbytes for tensor in tensors.values()))
         version = PolicyVersion(number, write_weights(folder, tensors))
-        self._loop.run(self._in_turn(self._updates.change_weights(folder, version)))
-        return version
+        return self._in_turn(self._updates.change_weights(folder, version))
 
     def _change_adapter(self, source: Path) -> PolicyVersion:
         if self._updates.held.folder:
@@ -250,12 +234,23 @@ class ServerEngine(BaseEngine):
         shutil.copytree(source, folder)  # a server may read it again later, and a trainer may write there again
         version = PolicyVersion(number, facts.fingerprint)
         name = f"llmrl-{self._run}-{number}-{facts.fingerprint[:8]}"
-        self._loop.run(self._in_turn(self._updates.change_adapter(name, folder, version)))
-        return version
+        return self._in_turn(self._updates.change_adapter(name, folder, version))
 
-    async def _in_turn(self, change: Awaitable[None]) -> None:
-        async with self._pool.update():
-            await change
+    def _in_turn(self, change: Coroutine[Any, Any, None]) -> PolicyVersion:
+        """Run a change when nothing else is under way. Once begun it ends, even if the caller is interrupted."""
+
+        async def run() -> PolicyVersion:
+            async with self._pool.update():
+                try:
+                    await change
+                finally:
+                    held = self._updates.held
+                    self._version = held.version
+                    self._transfer.keep_only(*(folder for folder in (held.folder, held.adapter_folder) if folder))
+            self.trust()
+            return self._version
+
+        return self._loop.submit(run()).result()
 
     def close(self) -> None:
         """Let go of the servers, which run on; requests under way fail."""

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 START = "default"  # vLLM's label of the weights it was started with
-_LOADING = "loading-"
+_LOADING = "loading-"  # vLLM cannot be told to load again over a load that broke off: the result would be a mixture
+HALF_WAY = "an update broke off on it and left a mixture of weights: restart it"
 _FAILURES = (ServerFault, ServerBusy, Refusal)
 _log = logging.getLogger(__name__)
 
@@ -111,6 +112,8 @@ class Updates:
         """Give a server that comes back what the others hold, where it does not hold it."""
         if self.held.label != START or await self._has_labels(member):
             found = await self.label(member)
+            if found.startswith(_LOADING):
+                raise ServerFault(HALF_WAY)
             if found != self.held.label:
                 # counted before the new weights are in: what it answered until now was sampled from others
                 member.epoch += 1
@@ -124,6 +127,8 @@ class Updates:
         if not await self._has_labels(member):
             return
         found = await self.label(member)
+        if found.startswith(_LOADING):
+            raise ServerFault(HALF_WAY)
         if found != START:
             _log.warning("%s holds the weights '%s' of an earlier run; loading its start weights", member.url, found)
             await self.check_means(member)
@@ -172,7 +177,7 @@ class Updates:
 
         Raises:
             EngineError: No server is up, or one cannot be updated at all.
-            SyncError: One failed; all hold what they held before, unless the message says that the engine is unusable.
+            SyncError: One failed or refused; the others hold what they held before.
         """
         members = self._members()
         await asyncio.gather(*(self.check_means(member) for member in members))
@@ -184,19 +189,26 @@ class Updates:
         label = f"{version.number}-{version.fingerprint}"
         failed = await _try_all(members, lambda m: self._load(m, folder, label))
         if failed:
-            await self._put_back(members, failed)
-            raise SyncError(f"{_told(failed)}; all servers are back at version {self.held.version.number}")
+            raise SyncError(await self._put_back(members, failed))
         self.held = Held(version, version, label, folder)
 
-    async def _put_back(self, members: Sequence[Member], failed: Mapping[Member, Exception]) -> None:
-        self._take_out_lost(failed)  # they get the old weights when they come back
+    async def _put_back(self, members: Sequence[Member], failed: Mapping[Member, Exception]) -> str:
+        """Load what was held before into the servers that took the new weights; return what to tell the caller.
+
+        A server that broke off is left out until it is restarted, and then gets what the others hold.
+        """
+        for member, error in failed.items():
+            self.pool.take_out(member, f"{error}; {HALF_WAY}")
         rest = [member for member in members if member.up]
         folder = self._folder_of(self.held) if rest else Path()
         again = await _try_all(rest, lambda m: self._load(m, folder, self.held.label))
-        self._take_out_lost(again)
-        stuck = {member: error for member, error in again.items() if member.up}
-        if stuck:
-            raise UnusableError(f"{_told(failed)}; and going back failed: {_told(stuck)}; restart the servers")
+        for member, error in again.items():
+            self.pool.take_out(member, f"{error}; {HALF_WAY}")
+        text = f"{_told(failed)}; restart {', '.join(m.url for m in members if not m.up)}"
+        if again:
+            text += f" (going back failed: {_told(again)})"
+        number = self.held.version.number
+        return f"{text}; " + (f"the others are back at version {number}" if self.pool.up else "no server is left")
 
     async def change_adapter(self, name: str, folder: Path, version: PolicyVersion) -> None:
         """Load an adapter into all servers that are up, then drop the one before.
@@ -247,10 +259,6 @@ class Updates:
         folder = self._transfer.folder(0, sum(tensor.nbytes for tensor in tensors.values()))
         write_weights(folder, tensors)
         return folder
-
-
-class UnusableError(SyncError):
-    """The servers hold different weights, and it is not known which."""
 
 
 async def served_names(member: Member) -> list[str]:

@@ -9,6 +9,7 @@ and never in the exported file.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -167,8 +168,10 @@ class ShardWriter:
             left = left[os.write(self._fd, left) :]
 
     def _refusal(self, error: OSError) -> OutputError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = "free some space and run" if full else "run"
         return OutputError(
-            f"cannot write {self.path}: {error.strerror}; free some space and run the same command again. "
+            f"cannot write {self.path}: {error.strerror}; {mend} the same command again. "
             f"The {self.written} records before it are kept"
         )
 

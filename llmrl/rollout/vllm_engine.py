@@ -27,7 +27,7 @@ from llmrl.rollout.protocols import Sample
 from llmrl.rollout.transfer import TransferFolder
 from llmrl.rollout.weight_files import VLLM_BACKEND, WEIGHTS_TOUCHED, write_weights
 from llmrl.types import FinishReason, PolicyVersion
-from llmrl.vllm_compat import check_versions, prepare_cpu_process, vllm_build, why_no_vllm
+from llmrl.vllm_compat import check_versions, patch_cpu_build, vllm_build, why_no_vllm
 
 if TYPE_CHECKING:
     import torch
@@ -373,7 +373,7 @@ def _start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:
             import vllm
 
             if not own_process:
-                prepare_cpu_process()
+                patch_cpu_build()
             return vllm.LLM(**settings)
     except Exception as error:
         hint = (

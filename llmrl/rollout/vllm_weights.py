@@ -65,10 +65,15 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
             SyncError: a tensor is missing, unknown or changed, or the model took less than all of it.
         """
         tensors = read_weights(Path(update_info.folder))
-        expected = checkpoint_names(self.model_config)
+        expected = checkpoint_shapes(self.model_config)
         # other names than those on disk (a trainer's own prefix) are left to the count of loaded numbers below
-        if expected is not None and set(tensors) <= expected:
-            check_names(tensors, expected - self._tied(), "the weight update")
+        if expected is not None and tensors.keys() <= expected.keys():
+            check_names(tensors, expected.keys() - self._tied(), "the weight update")
+            # found out while loading, it would leave a mixture that no later load mends
+            wrong = [name for name, tensor in tensors.items() if list(tensor.shape) != expected[name]]
+            if wrong:
+                got = list(tensors[wrong[0]].shape)
+                raise SyncError(f"wrong shape: {shown(wrong)}; got {got}, the model has {expected[wrong[0]]}")
         if update_info.stage:
             return
         self._touched = True
@@ -119,19 +124,20 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         return missing
 
 
-def checkpoint_names(model_config: object) -> set[str] | None:
-    """Return the tensor names of the checkpoint vLLM was started with, without heads; None when it is not a folder."""
+def checkpoint_shapes(model_config: object) -> dict[str, list[int]] | None:
+    """Return the shape of each tensor vLLM was started with, heads left out; None when the model is not a folder."""
     from safetensors import safe_open
 
     folder = Path(str(getattr(model_config, "model", "")))
     if not folder.is_dir():
         return None
-    names: set[str] = set()
+    shapes: dict[str, list[int]] = {}
     try:
         files = weight_files(folder)
     except ModelError:  # a folder that holds only heads: its base lies elsewhere
         return None
     for file in files:
         with safe_open(str(file), framework="pt") as tensors:
-            names |= {name for name in tensors.keys() if not name.startswith(PREFIX)}  # noqa: SIM118
-    return names
+            names = [name for name in tensors.keys() if not name.startswith(PREFIX)]  # noqa: SIM118
+            shapes |= {name: list(tensors.get_slice(name).get_shape()) for name in names}
+    return shapes

@@ -1,10 +1,12 @@
-"""`llmrl serve DIR`: vLLM's server on a folder llmrl wrote, after making sure that its heads will be used.
+"""`llmrl serve MODEL`: vLLM's server, once or several times, on a folder llmrl wrote or any model.
 
-Every option that is not named here goes to `vllm serve` as it stands.
+A folder with llmrl's heads is checked first, so that its heads will be used. Every option that is not named here goes to
+`vllm serve` as it stands.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,20 +17,26 @@ from importlib import metadata
 from pathlib import Path
 from types import FrameType
 
-from llmrl.errors import EXIT_ERROR, LlmrlError, ModelError, UsageError, VersionError
+from llmrl.errors import EXIT_ERROR, ModelError, UsageError, VersionError
+from llmrl.files import resolve_reference
 from llmrl.heads import check_same_base
+from llmrl.rollout.weight_files import VLLM_BACKEND
 from llmrl.serving.plugin import MARKER_VARIABLE
+from llmrl.serving.workers import PluginError, run_workers, worker_devices
 from llmrl.vllm_compat import check_versions, vllm_build, why_no_vllm
 
-_HELP = """usage: llmrl serve DIR [option of `vllm serve` ...]
+_HELP = """usage: llmrl serve MODEL [--workers N] [--sync] [option of `vllm serve` ...]
 
-Serve a folder that llmrl wrote. Listens on 127.0.0.1:8000 unless --host or --port say otherwise; keeps a float32
-checkpoint in float32 unless --dtype says otherwise (vLLM alone would round it to 16 bits). All options of `vllm serve`
-work; `vllm serve --help=all` lists them."""
+Serve a folder that llmrl wrote, any model folder, or a hub name, with vLLM. Listens on 127.0.0.1:8000 unless --host or
+--port say otherwise; keeps a float32 checkpoint in float32 unless --dtype says otherwise (vLLM alone would round it to
+16 bits). A folder with llmrl's heads is checked first. All options of `vllm serve` work; `vllm serve --help=all` lists
+them.
 
-
-class PluginError(LlmrlError):
-    """vLLM would start without llmrl's plugin, hence without the heads."""
+  --workers N            start N servers, on --port and the N - 1 ports after it; prints their URLs when all answer
+  --log_dir DIR          one log file a worker (without: lines on stderr, each with its worker's number)
+  --sync                 let a trainer change the weights while the server runs; with --enable-lora, adapters too
+  --allow_remote_updates with --sync: listen on other addresses than loopback. Whoever reaches the port can then
+                         replace the weights and read the server's configuration: for a closed network only"""
 
 
 def main(argv: list[str]) -> int:
@@ -37,15 +45,69 @@ def main(argv: list[str]) -> int:
         print(_HELP)
         return 0
     if argv[0].startswith("-"):
-        raise UsageError(f"expected the folder first, got '{argv[0]}'; see llmrl serve --help")
-    folder = Path(argv[0]).expanduser()
-    if not folder.is_dir():
-        raise UsageError(f"not found: {folder} (a folder that llmrl calibrate wrote)")
-    check_options(argv[1:])
+        raise UsageError(f"expected the model first, got '{argv[0]}'; see llmrl serve --help")
+    own, options = own_options(argv[1:])
+    model, is_local = resolve_reference(argv[0], "a folder that llmrl calibrate wrote, another model, or a hub name")
+    with_heads = is_local and has_heads(Path(model))
+    if with_heads:
+        check_options(options)
+    if own.sync:
+        check_loopback(options, own.allow_remote_updates)
     check_vllm()
     check_plugin()
-    check_folder(folder)
-    return _run(server_command(folder, argv[1:]))
+    if with_heads:
+        check_folder(Path(model))
+    environment = server_environment(sync=own.sync)
+    if own.sync and "--weight-transfer-config" not in _names(options):
+        options = [*options, "--weight-transfer-config", json.dumps({"backend": VLLM_BACKEND})]
+    if own.workers == 1 and own.log_dir is None:
+        return _run(server_command(model, options), environment)
+    return _run_several(model, options, own.workers, own.log_dir, environment)
+
+
+def own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return llmrl's own options and, untouched, those of `vllm serve`."""
+    parser = argparse.ArgumentParser(prog="llmrl serve", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--log_dir", "--log-dir", type=Path)
+    parser.add_argument("--sync", action="store_true")
+    parser.add_argument("--allow_remote_updates", "--allow-remote-updates", action="store_true")
+    try:
+        own, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error}; see llmrl serve --help") from None
+    if own.workers < 1:
+        raise UsageError(f"--workers {own.workers}: expected at least 1")
+    return own, rest
+
+
+def has_heads(folder: Path) -> bool:
+    """Tell a folder with llmrl's heads from a plain model; refuse a folder that is neither.
+
+    Raises:
+        ModelError: no configuration, or no weights.
+    """
+    from llmrl.base_model import check_model_folder
+    from llmrl.heads import CONFIG_KEY
+
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    if CONFIG_KEY in found:
+        return True
+    check_model_folder(folder)
+    return False
+
+
+def check_loopback(options: list[str], allow_remote: bool) -> None:
+    """Refuse to let other machines change the weights, unless the user said so."""
+    host = _value(options, "--host", "127.0.0.1")
+    if not allow_remote and not (host in ("localhost", "::1") or host.startswith("127.")):
+        raise UsageError(
+            f"--sync with --host {host}: whoever reaches the port could replace the weights\n"
+            "leave --host out, or add --allow_remote_updates on a closed network"
+        )
 
 
 def check_vllm() -> None:
@@ -119,24 +181,76 @@ def check_options(options: list[str]) -> None:
             raise UsageError(f"{name} cannot be used here: {_REFUSED[name]}; leave it out, or serve the base")
 
 
-def server_command(folder: Path, options: list[str]) -> list[str]:
+def _names(options: list[str]) -> set[str]:
+    return {option.split("=")[0].replace("_", "-") for option in options if option.startswith("-")}
+
+
+def _value(options: list[str], name: str, default: str) -> str:
+    """Return the value of an option in either spelling, `--name value` or `--name=value`; the last one counts."""
+    found = default
+    for i, option in enumerate(options):
+        if option == name and i + 1 < len(options):
+            found = options[i + 1]
+        elif option.startswith(f"{name}="):
+            found = option.partition("=")[2]
+    return found
+
+
+def _without(options: list[str], name: str) -> list[str]:
+    kept, skip = [], False
+    for option in options:
+        if skip or option == name or option.startswith(f"{name}="):
+            skip = option == name
+        else:
+            kept.append(option)
+    return kept
+
+
+def server_command(model: Path | str, options: list[str]) -> list[str]:
     """Return the command line of the server."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *options]
-    given = {option.split("=")[0] for option in options}
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *options]
+    given = _names(options)
     if "--host" not in given:
         command += ["--host", "127.0.0.1"]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "--dtype" not in given and config.get("dtype", config.get("torch_dtype")) == "float32":
-        command += ["--dtype", "float32"]
+    config = Path(model) / "config.json"
+    if "--dtype" not in given and config.is_file():
+        found = json.loads(config.read_text(encoding="utf-8"))
+        if found.get("dtype", found.get("torch_dtype")) == "float32":
+            command += ["--dtype", "float32"]
     return command
 
 
-def _run(command: list[str]) -> int:
+def server_environment(*, sync: bool) -> dict[str, str]:
+    """Return the environment of a server."""
+    environment = dict(os.environ)
+    if vllm_build() == "cpu":
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; vLLM alone takes nearly all memory
+    if sync:
+        environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    return environment
+
+
+def _run_several(model: str, options: list[str], count: int, log_dir: Path | None, environment: dict[str, str]) -> int:
+    port = _value(options, "--port", "8000")
+    if not port.isdigit() or not 0 < int(port) <= 65536 - count:
+        raise UsageError(f"--port {port}: expected a number with room for {count} ports")
+    host = _value(options, "--host", "127.0.0.1")
+    if vllm_build() == "cpu" and count > 1:
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all pin themselves to the same cores
+    per_worker = int(_value(options, "--tensor-parallel-size", _value(options, "-tp", "1")))
+    devices = worker_devices(count, per_worker) if vllm_build() == "cuda" else [None] * count
+    rest = _without(options, "--port")
+    commands = [server_command(model, [*rest, "--port", str(int(port) + i)]) for i in range(count)]
+    environments = [environment | ({"CUDA_VISIBLE_DEVICES": seen} if seen else {}) for seen in devices]
+    reached = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    urls = [f"http://{reached}:{int(port) + i}" for i in range(count)]
+    return run_workers(commands, environments, urls, log_dir)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
     with tempfile.TemporaryDirectory(prefix="llmrl-serve-") as scratch:
         marker = Path(scratch) / "plugin-ran"
-        environment = {**os.environ, MARKER_VARIABLE: str(marker)}
-        if vllm_build() == "cpu":
-            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; vLLM alone takes nearly all memory
+        environment = {**environment, MARKER_VARIABLE: str(marker)}
         print("llmrl: " + " ".join(command[1:]), file=sys.stderr, flush=True)
         server = subprocess.Popen(command, env=environment)
 

@@ -2,7 +2,7 @@
 
 For each causal LM that vLLM knows, `XForCausalLM`, two more are registered by name: `LlmrlXForCausalLM` (heads on logits) and
 `LlmrlXForSequenceClassification` (heads on pooled states). Nothing is imported until one of them is asked for. Every
-process also learns the weight transfer of the rollout engine, and the CPU build its guard against a LoRA bug.
+process also learns the weight transfer of the rollout engine, and the CPU build what it takes to mend it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from llmrl.rollout.weight_files import VLLM_BACKEND
-from llmrl.vllm_compat import patch_cpu_lora
+from llmrl.vllm_compat import patch_cpu_build
 
 MODULE = "llmrl.serving.models"
 PREFIX = "Llmrl"
@@ -33,7 +33,7 @@ def register() -> None:
             if name not in known:
                 ModelRegistry.register_model(name, f"{MODULE}:{name}")
     _register_weight_transfer()
-    patch_cpu_lora()
+    patch_cpu_build()
     marker = os.environ.get(MARKER_VARIABLE)
     if marker:
         Path(marker).touch()
