@@ -34,6 +34,7 @@ REQUIRED = {
     "safetensors": ">=0.6,<1",
     "numpy": ">=2,<3",
     "pyyaml": ">=6,<7",
+    "httpx": ">=0.27,<1",
     "tqdm": ">=4.66,<5",
     "matplotlib": ">=3.9,<4",
 }

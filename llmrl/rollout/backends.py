@@ -25,7 +25,8 @@ def choose_backend(facts: ModelFacts, urls: Sequence[str] = ()) -> tuple[str, st
         return "transformers", wrong[0]
     if build == "cuda" and not has_nvidia_driver():
         return "transformers", "this vLLM needs a GPU and there is none"
-    if facts.architecture not in vllm_architectures():
+    # a folder with heads is known by llmrl's plugin, as the class of its base
+    if facts.architecture.removeprefix("Llmrl") not in vllm_architectures():
         return "transformers", f"vLLM does not know {facts.architecture}"
     return "vllm", "it is installed and knows the model"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 from llmrl.base_model import check_model_folder, load_tokenizer
 from llmrl.errors import ModelError
 from llmrl.files import resolve_reference
-from llmrl.heads import fingerprint_weights
-from llmrl.modeling import local_folder
+from llmrl.heads import HEADS_FILE, fingerprint_weights
+from llmrl.modeling import local_folder, read_heads_config
 
 _NO_LIMIT = 1 << 20
 
@@ -63,9 +64,18 @@ def read_facts(model: str, *, revision: str | None = None, max_model_len: int | 
         max_model_len=max_model_len or longest,
         vocab_size=config.vocab_size,
         end_ids=end_token_ids(folder, tokenizer),
-        fingerprint=fingerprint_weights(folder).removeprefix("sha256:")[:32],
+        fingerprint=_fingerprint(folder),
         architecture=(config.architectures or [type(config).__name__])[0],
     )
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return a name for the weights; those of a folder with heads are its base's and the heads together."""
+    heads = folder / HEADS_FILE
+    if not heads.is_file():
+        return fingerprint_weights(folder).removeprefix("sha256:")[:32]
+    base = read_heads_config(folder).base.weights
+    return hashlib.sha256(base.encode() + heads.read_bytes()).hexdigest()[:32]
 
 
 def end_token_ids(folder: Path, tokenizer: Any) -> frozenset[int]:

@@ -7,11 +7,9 @@ with the old weights, what is sent after it waits.
 
 from __future__ import annotations
 
-import os
 import queue
 import shutil
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,21 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrl.errors import EngineError, ModelError, RequestError, SyncError, VersionError
-from llmrl.rollout.adapters import check_adapter, served_rank
-from llmrl.rollout.engine import BaseEngine, Request, find_stop, first_line, settle
-from llmrl.rollout.model_facts import ModelFacts, read_facts
+from llmrl.errors import EngineError, ModelError, RequestError, SyncError
+from llmrl.rollout.adapters import check_adapter
+from llmrl.rollout.engine import BaseEngine, Request, cut_answer, first_line, settle
+from llmrl.rollout.model_facts import read_facts
 from llmrl.rollout.protocols import Sample
 from llmrl.rollout.transfer import TransferFolder
-from llmrl.rollout.weight_files import VLLM_BACKEND, WEIGHTS_TOUCHED, write_weights
+from llmrl.rollout.vllm_start import settings_for, start_vllm, usable_build
+from llmrl.rollout.weight_files import WEIGHTS_TOUCHED, write_weights
 from llmrl.types import FinishReason, PolicyVersion
-from llmrl.vllm_compat import check_versions, patch_cpu_build, vllm_build, why_no_vllm
 
 if TYPE_CHECKING:
     import torch
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
-_CPU_KV_CACHE_BYTES = 1 << 30
 
 
 @dataclass
@@ -45,6 +42,14 @@ class _Job:
     params: Any
     base: bool
     read: Callable[[Any], Any]
+
+
+@dataclass
+class _Update:
+    """New weights on their way, and what puts them in place."""
+
+    future: Future[PolicyVersion]
+    load: Callable[[], PolicyVersion]
 
 
 class VllmEngine(BaseEngine):
@@ -81,18 +86,15 @@ class VllmEngine(BaseEngine):
         transfer_dir: Path | str | None = None,
         **options: Any,
     ) -> None:
-        build = vllm_build()
-        if build is None:
-            raise VersionError(f"vLLM cannot be used here: {why_no_vllm()}")
-        check_versions(("vllm",))
+        build = usable_build()
         facts = read_facts(model, max_model_len=max_model_len)
         super().__init__(
             facts.tokenizer, max_model_len=facts.max_model_len, vocab_size=facts.vocab_size, end_ids=facts.end_ids
         )
         rank = check_adapter(adapter, facts.folder).rank if adapter else 0
-        settings = _settings(facts, build, dtype, max(max_lora_rank, rank), kv_cache_memory_bytes) | options
+        settings = settings_for(facts, build, dtype, max(max_lora_rank, rank), kv_cache_memory_bytes) | options
         self._own_process = build != "cpu" if own_process is None else own_process
-        self._llm = _start_vllm(settings, own_process=self._own_process)
+        self._llm = start_vllm(settings, own_process=self._own_process)
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
         self.max_lora_rank = settings.get("max_lora_rank", 0)
         self._version = self._base_version = PolicyVersion(0, facts.fingerprint)
@@ -100,7 +102,8 @@ class VllmEngine(BaseEngine):
         self._folder = facts.folder
         self._transfer = TransferFolder(transfer_dir)
         self._lora: Any = None
-        self._inbox: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Job | _Update | None] = queue.SimpleQueue()
+        self._closing = False
         self._jobs: dict[str, _Job] = {}
         self._number = 0
         self._broken: EngineError | None = None
@@ -112,10 +115,7 @@ class VllmEngine(BaseEngine):
     # what callers ask
 
     def _start(self, request: Request) -> Future[Sample]:
-        version = self._base_version if request.base else None
-        return self._send(
-            list(request.token_ids), _sampling_params(request), request.base, self._reader(request, version)
-        )
+        return self._send(list(request.token_ids), _sampling_params(request), request.base, self._reader(request))
 
     @property
     def takes_adapters(self) -> bool:
@@ -153,19 +153,18 @@ class VllmEngine(BaseEngine):
         """
         done: Future[PolicyVersion] = Future()
 
-        def run() -> None:
-            try:
-                settle(done, self._load_adapter(source) if isinstance(source, Path) else self._load_weights(source))
-            except BaseException as error:
-                settle(done, error=error)
+        def load() -> PolicyVersion:
+            version = self._load_adapter(source) if isinstance(source, Path) else self._load_weights(source)
+            self._reset_cache()
+            self.trust()
+            return version
 
-        self._put(run, done)
-        version = done.result()
-        self.trust()
-        return version
+        self._put(_Update(done, load))
+        return done.result()
 
     def close(self) -> None:
         """Stop the engine and free what it holds; requests under way fail."""
+        self._closing = True
         self._inbox.put(None)
         self._thread.join(timeout=60)
         self._transfer.remove()
@@ -174,30 +173,32 @@ class VllmEngine(BaseEngine):
 
     def _send(self, prompt: list[int], params: Any, base: bool, read: Callable[[Any], Any]) -> Future[Any]:
         future: Future[Any] = Future()
-        self._put(_Job(future, prompt, params, base, read), future)
+        self._put(_Job(future, prompt, params, base, read))
         return future
 
-    def _put(self, work: _Job | Callable[[], None], future: Future[Any]) -> None:
+    def _put(self, work: _Job | _Update) -> None:
         if self._broken is None:
             self._inbox.put(work)
         if self._broken is not None:  # the thread may have ended just now, with nobody left to read the inbox
-            settle(future, error=self._broken)
+            settle(work.future, error=self._broken)
 
     def _drive(self) -> None:
         engine = self._llm.llm_engine
-        update: Callable[[], None] | None = None  # waits for what was sent before it; what comes after it waits
+        update: _Update | None = None  # waits for what was sent before it; what comes after it waits
         try:
             while True:
                 while update is None and (not self._inbox.empty() or not self._jobs):
                     work = self._inbox.get()
-                    if work is None:
-                        raise EngineError("the engine was closed")
                     if isinstance(work, _Job):
                         self._admit(work)
-                    else:
+                    elif work is not None:
                         update = work
+                    if self._closing:
+                        break
+                if self._closing:
+                    raise EngineError("the engine was closed")
                 if update is not None and not self._jobs:
-                    update()
+                    self._run(update)
                     update = None
                     continue
                 self._withdraw()
@@ -206,6 +207,8 @@ class VllmEngine(BaseEngine):
                         self._finish(output)
         except BaseException as error:
             self._broken = error if isinstance(error, EngineError) else EngineError(_died(error))
+            if update is not None:
+                settle(update.future, error=self._broken)
             self._fail_all(self._broken)
         finally:
             with suppress(Exception):
@@ -221,10 +224,19 @@ class VllmEngine(BaseEngine):
         prompt = TokensPrompt(prompt_token_ids=job.prompt)
         try:
             self._llm.llm_engine.add_request(name, prompt, job.params, lora_request=None if job.base else self._lora)
-        except (ValueError, TypeError) as error:
+        except Exception as error:
+            if type(error).__name__ == "EngineDeadError":
+                settle(job.future, error=EngineError(_died(error)))
+                raise
             settle(job.future, error=RequestError(f"vLLM refused the request: {first_line(error)}"))
             return
         self._jobs[name] = job
+
+    def _run(self, update: _Update) -> None:
+        try:
+            settle(update.future, update.load())
+        except Exception as error:
+            settle(update.future, error=error)
 
     def _finish(self, output: Any) -> None:
         job = self._jobs.pop(output.request_id, None)
@@ -251,26 +263,24 @@ class VllmEngine(BaseEngine):
         with suppress(queue.Empty):
             while True:
                 work = self._inbox.get_nowait()
-                if isinstance(work, _Job):
+                if work is not None:
                     settle(work.future, error=error)
-                elif work is not None:
-                    work()  # an update: it reports its own failure
 
-    def _reader(self, request: Request, version: PolicyVersion | None) -> Callable[[Any], Sample]:
+    def _reader(self, request: Request) -> Callable[[Any], Sample]:
         def read(output: Any) -> Sample:
             answer = output.outputs[0]
             labels = {span.version for span in getattr(answer, "weight_versions", None) or ()}
             if labels - {self._label}:
                 raise EngineError(f"sampled with the weights {sorted(labels)}, expected {self._label}; update again")
+            if answer.finish_reason not in _FINISH:
+                raise EngineError(f"vLLM ended a request with '{answer.finish_reason}'; its own log says why")
             ids = tuple(answer.token_ids)
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            cut = find_stop(text, request.sampling.stop)
             return Sample(
                 token_ids=ids,
                 logprobs=tuple(step[token].logprob for token, step in zip(ids, answer.logprobs, strict=True)),
-                text=text[: cut[0]] if cut else text,
-                finish_reason=_FINISH.get(answer.finish_reason, FinishReason.ABORT),
-                policy_version=version or self._version,
+                text=cut_answer(self.tokenizer, request.token_ids, ids, request.sampling.stop)[0],
+                finish_reason=_FINISH[answer.finish_reason],
+                policy_version=self._base_version if request.base else self._version,  # no update passes a request
                 stop_reason=answer.stop_reason,
                 top_logprobs=_top_logprobs(answer.logprobs, request.sampling.logprobs),
             )
@@ -294,7 +304,6 @@ class VllmEngine(BaseEngine):
             raise error if isinstance(error, SyncError) else SyncError(first_line(error)) from error
         self._label = f"{version.number}-{version.fingerprint}"
         self._llm.finish_weight_update(weight_version=self._label)
-        self._reset_cache()
         self._transfer.keep_only(folder)
         self._version = self._base_version = version
         return version
@@ -321,7 +330,6 @@ class VllmEngine(BaseEngine):
         if self._lora is not None:
             self._llm.llm_engine.remove_lora(self._lora.lora_int_id)
         self._lora = lora
-        self._reset_cache()
         self._transfer.keep_only(folder)
         self._version = PolicyVersion(number, facts.fingerprint)
         return self._version
@@ -329,65 +337,9 @@ class VllmEngine(BaseEngine):
     def _reset_cache(self) -> None:
         """Forget the keys and values of the old weights; nothing runs at this point, so vLLM can drop them all."""
         if not self._llm.reset_prefix_cache():
-            self.distrust("vLLM did not reset its prefix cache after an update, so it mixes old and new weights")
-
-
-def _settings(
-    facts: ModelFacts, build: str, dtype: str, max_lora_rank: int, kv_cache_memory_bytes: int | None
-) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "model": str(facts.folder),
-        "dtype": "float32" if dtype == "auto" and build == "cpu" else dtype,
-        "max_model_len": facts.max_model_len,
-        "generation_config": "vllm",  # what is sampled is said by each request, not by a file
-        "logprobs_mode": "raw_logprobs",
-        "weight_transfer_config": {"backend": VLLM_BACKEND},
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "trust_remote_code": False,
-    }
-    if build == "cpu":
-        settings["enforce_eager"] = True  # compiling never pays off at the size of models a CPU serves
-        settings["kv_cache_memory_bytes"] = kv_cache_memory_bytes or _CPU_KV_CACHE_BYTES
-    elif kv_cache_memory_bytes:
-        settings["kv_cache_memory_bytes"] = kv_cache_memory_bytes
-    if max_lora_rank:
-        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(max_lora_rank)}
-    return settings
-
-
-def _start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:
-    import torch
-
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if not own_process:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's too
-    previous = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
-    state = torch.random.get_rng_state()  # vLLM seeds the generator of the process it runs in
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of vLLM about its own use of torch
-            import vllm
-
-            if not own_process:
-                patch_cpu_build()
-            return vllm.LLM(**settings)
-    except Exception as error:
-        hint = (
-            "\nllmrl's vLLM plugin is not installed: install llmrl as a package (pip install -e . in a checkout)"
-            if VLLM_BACKEND in str(error)
-            else ""
-        )
-        raise EngineError(f"vLLM does not start with {settings['model']}: {first_line(error)}{hint}") from error
-    finally:
-        torch.random.set_rng_state(state)
-        if previous is None:
-            del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
-        else:
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = previous
+            reason = "vLLM did not reset its prefix cache after an update, so it mixes old and new weights"
+            self.distrust(reason)
+            raise SyncError(reason)
 
 
 def _sampling_params(request: Request) -> Any:

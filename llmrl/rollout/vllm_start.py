@@ -1,0 +1,93 @@
+"""Starting vLLM the way llmrl relies on: raw logprobs, a dtype that is said, weights that can be exchanged, no chatter."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from llmrl.errors import EngineError, VersionError
+from llmrl.rollout.adapters import served_rank
+from llmrl.rollout.engine import first_line
+from llmrl.rollout.model_facts import ModelFacts
+from llmrl.rollout.weight_files import VLLM_BACKEND
+from llmrl.vllm_compat import check_versions, patch_cpu_build, vllm_build, why_no_vllm
+
+_CPU_KV_CACHE_BYTES = 1 << 30
+
+
+def usable_build() -> str:
+    """Return "cpu" or "cuda".
+
+    Raises:
+        VersionError: vLLM is not installed, or outside the versions llmrl was run with.
+    """
+    build = vllm_build()
+    if build is None:
+        raise VersionError(f"vLLM cannot be used here: {why_no_vllm()}")
+    check_versions(("vllm",))
+    return build
+
+
+def settings_for(
+    facts: ModelFacts, build: str, dtype: str, max_lora_rank: int, kv_cache_memory_bytes: int | None
+) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM` that llmrl stands for; `max_lora_rank=0` takes no adapter."""
+    settings: dict[str, Any] = {
+        "model": str(facts.folder),
+        "dtype": "float32" if dtype == "auto" and build == "cpu" else dtype,
+        "max_model_len": facts.max_model_len,
+        "generation_config": "vllm",  # what is sampled is said by each request, not by a file
+        "logprobs_mode": "raw_logprobs",
+        "weight_transfer_config": {"backend": VLLM_BACKEND},
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "trust_remote_code": False,
+    }
+    if build == "cpu":
+        settings["enforce_eager"] = True  # compiling never pays off at the size of models a CPU serves
+        settings["kv_cache_memory_bytes"] = kv_cache_memory_bytes or _CPU_KV_CACHE_BYTES
+    elif kv_cache_memory_bytes:
+        settings["kv_cache_memory_bytes"] = kv_cache_memory_bytes
+    if max_lora_rank:
+        settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(max_lora_rank)}
+    return settings
+
+
+def start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:
+    """Start vLLM in this process or a child of it; the caller's random state and environment stay as they were.
+
+    Raises:
+        EngineError: It does not start; the message is its own.
+    """
+    import torch
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not own_process:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's too
+    previous = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
+    state = torch.random.get_rng_state()  # vLLM seeds the generator of the process it runs in
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of vLLM about its own use of torch
+            import vllm
+
+            if not own_process:
+                patch_cpu_build()
+            return vllm.LLM(**settings)
+    except Exception as error:
+        hint = (
+            "\nllmrl's vLLM plugin is not installed: install llmrl as a package (pip install -e . in a checkout)"
+            if VLLM_BACKEND in str(error)
+            else ""
+        )
+        raise EngineError(f"vLLM does not start with {settings['model']}: {first_line(error)}{hint}") from error
+    finally:
+        torch.random.set_rng_state(state)
+        if previous is None:
+            del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+        else:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = previous
