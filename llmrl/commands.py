@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from llmrl.config import parse_config
-from llmrl.errors import EXIT_DONE
+from llmrl.errors import EXIT_DONE, Interrupted
 
 
 def run_calibrate(argv: list[str], prog: str = "llmrl calibrate") -> int:
@@ -58,10 +58,15 @@ def run_rollout(argv: list[str], prog: str = "llmrl rollout") -> int:
         prog=prog,
         description="Sample answers to a file of prompts: token ids, logprobs and text, in the order of the prompts.",
     )
-    quiet_libraries(config.quiet)
-    from llmrl.rollout.run import rollout
+    try:
+        quiet_libraries(config.quiet)
+        from llmrl.rollout.run import rollout
 
-    return rollout(config)
+        return rollout(config)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before anything was sampled; run the same command again") from None
 
 
 def quiet_libraries(quiet: bool) -> None:
@@ -70,10 +75,13 @@ def quiet_libraries(quiet: bool) -> None:
     import os
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the libraries below load
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of torch's native code, which warns about NUMA nodes
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    # its retries without a network fill the screen; the error that ends them is ours to print
-    standard_logging.getLogger("huggingface_hub").setLevel(standard_logging.ERROR)
+    # retries without a network fill the screen; the error that ends them is ours to print
+    for name in ("huggingface_hub", "vllm"):  # the second warns before it has read its own level
+        standard_logging.getLogger(name).setLevel(standard_logging.ERROR)
     if quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -24,6 +24,7 @@ def option(
     help: str,
     choices: tuple[str, ...] | None = None,
     const: str | None = None,
+    verbatim: bool = False,
 ) -> Any:
     """Return a dataclass field with its documentation.
 
@@ -32,8 +33,10 @@ def option(
         help: one line for `--help`.
         choices: the valid values.
         const: the value of the bare option, which then may stand without one.
+        verbatim: of a list of texts: each word is one of them as it stands, commas and white space included, and the option
+            may be given several times.
     """
-    metadata = {"help": help, "choices": choices, "const": const}
+    metadata = {"help": help, "choices": choices, "const": const, "verbatim": verbatim}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -62,7 +65,8 @@ def parse_config(
     values = load_config_file(file, config_class) if file else {}
     for name, text in namespace.items():
         if text is not None:
-            values[name] = _convert_text(text, fields[name][1], f"--{name}")
+            as_is = fields[name][0].metadata.get("verbatim")
+            values[name] = text if as_is else _convert_text(text, fields[name][1], f"--{name}")
     return _build(config_class, fields, values)
 
 
@@ -97,7 +101,11 @@ def load_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
         if isinstance(value, dict):
             flat = nearest(f"{key}_{next(iter(value), '')}", fields) or key
             raise ConfigError(f"{path}: '{key}' is a nested mapping; keys are flat, for example '{flat}: ...'")
-        values[str(key)] = _convert_yaml(value, fields[str(key)][1], f"{path}: '{key}'")
+        where = f"{path}: '{key}'"
+        if fields[str(key)][0].metadata.get("verbatim"):
+            values[str(key)] = _texts(value, where)
+        else:
+            values[str(key)] = _convert_yaml(value, fields[str(key)][1], where)
     return values
 
 
@@ -106,7 +114,8 @@ def to_flat(config: Any) -> dict[str, Any]:
     flat = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        flat[field.name] = ",".join(map(str, value)) if isinstance(value, list) else value
+        joined = isinstance(value, list) and not field.metadata.get("verbatim")
+        flat[field.name] = ",".join(map(str, value)) if joined else value
     return flat
 
 
@@ -167,7 +176,8 @@ def _parser(
         elif kind is bool:
             parser.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
         elif is_list:
-            parser.add_argument(f"--{name}", nargs="+", metavar=metavar, help=text)
+            action = "extend" if field.metadata.get("verbatim") else "store"
+            parser.add_argument(f"--{name}", nargs="+", action=action, metavar=metavar, help=text)
         elif field.metadata.get("const"):
             parser.add_argument(f"--{name}", nargs="?", const=field.metadata["const"], metavar=metavar, help=text)
         else:
@@ -222,6 +232,13 @@ def _convert_yaml(value: Any, hint: Any, where: str) -> Any:
     if not right:
         raise ConfigError(f"{where} must be {_NAMES[kind]}, got {value!r}")
     return value
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{where} must be a text or a list of texts, got {value!r:.60}; write each in quotes")
+    return texts
 
 
 def _scalar(text: str, kind: type, where: str) -> Any:

@@ -76,6 +76,10 @@ class EngineError(LlmrlError):
     """A rollout engine cannot start, died, or answered with something that is not an answer."""
 
 
+class UnansweredError(EngineError):
+    """Servers failed on one request again and again, and were well in between: the request may be the cause."""
+
+
 class SyncError(LlmrlError):
     """Engine and trainer do not hold the same weights after an update; nothing sampled since can be trusted."""
 

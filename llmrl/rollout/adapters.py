@@ -8,11 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrl.errors import ModelError, UsageError
+from llmrl.errors import ModelError, RequestError, UsageError
 
 # the ranks vLLM keeps buffers for; an adapter takes the next larger one
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 WEIGHTS = "adapter_model.safetensors"
+# settings under which PEFT computes something else than W + BA, or changes what no A and B holds
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # values of A and B alone
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ def check_adapter(folder: Path | str, base: Path | str | None = None) -> Adapter
 
 def served_rank(rank: int) -> int:
     """Return the smallest rank vLLM keeps buffers for that holds `rank`."""
+    if rank > VLLM_RANKS[-1]:
+        raise RequestError(f"max_lora_rank: expected at most {VLLM_RANKS[-1]}, got {rank}")
     return next(size for size in VLLM_RANKS if size >= rank)
 
 
@@ -87,6 +99,10 @@ def _refused(config: dict[str, Any]) -> list[str]:
         found.append("use_dora; train plain LoRA, or merge the adapter")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         found.append("a bias; train with bias='none' and lora_bias=False")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        found.append(f"init_lora_weights={start}, which changes the base; convert it to plain LoRA as PEFT documents")
+    found += [f"{key}; train plain LoRA, or merge the adapter" for key in _VARIANTS if config.get(key)]
     return found
 
 

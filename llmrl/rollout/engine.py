@@ -20,6 +20,7 @@ from llmrl.rollout.seeds import derive_seed
 from llmrl.types import PolicyVersion, SamplingConfig
 
 _T = TypeVar("_T")
+_TAIL = 8  # tokens of a prompt that say how its continuation is spaced
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class BaseEngine(ABC):
     def version(self) -> PolicyVersion:
         """The weights it samples with now."""
         return self._version
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it is known what the engine samples with."""
+        return self._distrusted is None
 
     def distrust(self, reason: str) -> None:
         """Refuse every request from now on: what the engine samples with is not known. An update ends it."""
@@ -112,8 +118,6 @@ class BaseEngine(ABC):
 
     def requests(self, prompt: Sequence[int], sampling: SamplingConfig, *, base: bool = False) -> list[Request]:
         """Return one request a sample, or say why this engine cannot serve the prompt."""
-        if self._distrusted is not None:
-            raise EngineError(f"the engine is not used: {self._distrusted}")
         ids = self.check_ids(prompt)
         room = self.max_model_len - len(ids)
         if room < 1:
@@ -136,7 +140,9 @@ class BaseEngine(ABC):
         ]
 
     def check_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
-        """Return the ids as a tuple; refuse an empty prompt and ids outside of the vocabulary."""
+        """Return the ids as a tuple; refuse an empty prompt, ids outside of the vocabulary, and an engine not trusted."""
+        if self._distrusted is not None:
+            raise EngineError(f"the engine is not used: {self._distrusted}")
         try:
             ids = tuple(operator.index(token) for token in token_ids)
         except TypeError:
@@ -214,6 +220,24 @@ def find_stop(text: str, stop: Sequence[str]) -> tuple[int, str] | None:
         return None
     at, _, word = min(found)
     return at, word
+
+
+def cut_answer(
+    tokenizer: Any, prompt: Sequence[int], token_ids: Sequence[int], stop: Sequence[str]
+) -> tuple[str, str | None]:
+    """Return what the tokens say, cut before the earliest stop string, and that stop string.
+
+    The search is in the text as it continues the prompt: decoded alone, a first word loses its space with tokenizers of
+    the SentencePiece family, and the stop string " The" would not be found where vLLM finds it.
+    """
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    if not stop:
+        return text, None
+    tail = list(prompt[-_TAIL:])
+    before = tokenizer.decode(tail, skip_special_tokens=True)
+    lost = " " if tokenizer.decode([*tail, *token_ids], skip_special_tokens=True) == f"{before} {text}" else ""
+    cut = find_stop(lost + text, stop)
+    return (text, None) if cut is None else ((lost + text)[len(lost) : cut[0]], cut[1])
 
 
 def first_line(error: BaseException) -> str:

@@ -85,12 +85,18 @@ def run_episodes(
 
     Raises:
         DataError: Two rows have one id, or a row is not JSON.
-        EngineError: The engine died. What is finished is kept, the rest is left to the next run of the same command.
+        EngineError: The engine died. What is finished is kept, the rest is left to the next run of the same command;
+            the same holds for KeyboardInterrupt.
+        ModelError: The tokenizer has no chat template.
         OutputError: `output` holds another run, or the disk is full.
         UsageError: An argument is out of range.
     """
     _check(sampling, samples=samples, max_turns=max_turns, concurrency=concurrency, rank=rank, world=world)
+    for name, limit in (("turn_timeout", turn_timeout), ("episode_timeout", episode_timeout)):
+        if limit is not None and not limit > 0:
+            raise UsageError(f"{name}: expected seconds > 0, or null for no limit, got {limit}")
     options = dict(template_options or {})
+    Conversation(engine.tokenizer, template_options=options)  # without a chat template no episode can begin
     identity = {"sampling": sampling.to_json(), "max_turns": max_turns, "template_options": options}
     ids = claim_run(output, rows, samples, seed=seed, source=source, fingerprint=fingerprint, **identity)
     plan = _Plan(
@@ -122,12 +128,12 @@ def run_episodes(
             pairs = ((*pair, rows[position[pair[0]]]) for pair in todo)
             try:
                 abandoned = _play_all(plan, pairs, concurrency, keep, writer.sync)
-            except EngineError as error:
-                kept = resumed + writer.written
-                raise EngineError(
-                    f"{error}\n{kept} of {len(mine)} episodes are finished and kept in {output}; "
-                    "once the engine is mended the same command makes the rest"
-                ) from error
+            except (EngineError, KeyboardInterrupt) as stopped:
+                finished = f"{resumed + writer.written} of {len(mine)} episodes are finished and kept in {output}"
+                words = f"{finished}; the same command makes the rest"
+                if isinstance(stopped, EngineError):
+                    raise EngineError(f"{stopped}\n{words}") from stopped
+                raise KeyboardInterrupt(words) from None
     return tally.summary(resumed=resumed, abandoned=abandoned)
 
 
@@ -186,7 +192,7 @@ class _Live(threading.Thread):
     """One episode under way. It posts its episode, or that the engine is dead, and then None when its thread ends.
 
     The thread and the loop that watches its deadline may both want to end it; who gets `claim` does. What the loop
-    would record (`turns`, `steps`) is replaced whole, so that it is consistent at any time.
+    would record (`turns`, `steps`) is replaced whole and never changed in place, so it can be read at any time.
     """
 
     def __init__(self, plan: _Plan, pair: tuple[str, int, Mapping[str, Any]], events: _Events) -> None:
@@ -262,6 +268,7 @@ class _Live(threading.Thread):
         environments.append(environment)
         if not isinstance(environment, Environment):
             raise TypeError(f"expected tools, observe and step, got a {type(environment).__name__}")
+        self.where = "conversation"
         tools = list(environment.tools) or None
         conversation = Conversation(plan.engine.tokenizer, tools=tools, template_options=dict(plan.template_options))
         self.where = "environment.observe"
@@ -336,8 +343,8 @@ def _play_all(
                 abandoned += not one.withdraw()
             while len(live) < concurrency and (pair := next(waiting, None)):
                 one = _Live(plan, pair, events)
+                live.add(one)  # first, so that an interrupt in between stops it too
                 one.start()
-                live.add(one)
             if not live and events.empty():
                 return abandoned
             try:
@@ -367,7 +374,7 @@ def _stop(live: Iterable[_Live]) -> None:
         one.claim()
         one.withdraw()
     end = time.monotonic() + _GRACE_SECONDS
-    for one in live:
+    for one in [one for one in live if one.is_alive()]:
         one.join(max(0.0, end - time.monotonic()))
 
 

@@ -35,16 +35,20 @@ class EngineRollouts:
         self.engine, self.stop, self.tolerance = engine, tuple(stop), tolerance
         self.sync: WeightSync | None = None
         self._synced_step = -1
-        self._calls = 0
+        self._last_call = (
+            -1,
+            0,
+        )  # optimizer step, calls within it: what is sampled does not depend on the steps before
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Sample one answer for each prompt; trl repeats a prompt as often as it wants answers to it."""
         sampling = sampling_of(trainer.args, self.stop)
         self._update(trainer)
-        self._calls += 1
+        step = trainer.state.global_step
+        self._last_call = (step, self._last_call[1] + 1 if self._last_call[0] == step else 0)
         rank = trainer.accelerator.process_index
         ids = [self._encode(prompt) for prompt in prompts]
-        seeds = [derive_seed(trainer.args.seed, rank, self._calls, i) for i in range(len(prompts))]
+        seeds = [derive_seed(trainer.args.seed, rank, *self._last_call, i) for i in range(len(prompts))]
         configs = [SamplingConfig(**{**vars(sampling), "seed": seed}) for seed in seeds]
         samples = [answer[0] for answer in self.engine.generate(ids, configs)]
         return {
@@ -103,6 +107,11 @@ def sampling_of(args: Any, stop: Sequence[str] = ()) -> SamplingConfig:
     sampling.require_full_support()
     if getattr(args, "repetition_penalty", 1.0) not in (None, 1.0):
         raise ConfigError(f"repetition_penalty={args.repetition_penalty} changes what is sampled from; set it to 1.0")
+    if getattr(args, "off_policy_mask_threshold", None) is not None and args.temperature != 1.0:
+        raise ConfigError(
+            f"off_policy_mask_threshold compares the engine's logprobs, taken at temperature 1, with the trainer's at "
+            f"{args.temperature:g}; set temperature=1.0, or off_policy_mask_threshold=None"
+        )
     if getattr(args, "use_vllm", False):
         raise ConfigError("use_vllm=True starts trl's own vLLM beside this engine; set it to False")
     return sampling

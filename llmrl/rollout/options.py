@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmrl.config import option
-from llmrl.errors import UsageError
+from llmrl.errors import ConfigError, UsageError
 from llmrl.types import SamplingConfig
 
 BACKENDS = ("auto", "transformers", "vllm", "server")
@@ -27,7 +27,9 @@ class RolloutConfig:
     top_k: int = option(0, help="0 is off")
     min_p: float = option(0.0, help="0 is off")
     max_tokens: int = option(256, help="most tokens of an answer")
-    stop: list[str] = option([], help="texts that end an answer and are left out of it")
+    stop: list[str] = option(
+        [], verbatim=True, help="texts that end an answer and are left out of it, each a word: --stop , END $'\\n'"
+    )
     logprobs: int = option(0, help="alternatives reported beside each sampled token")
     json_schema: str | None = option(None, help="file with a JSON schema that every answer follows (vllm and server)")
     adapter: str | None = option(None, help="folder of a PEFT LoRA adapter")
@@ -62,12 +64,15 @@ class RolloutConfig:
         """Return how each sample is drawn; one request is one sample, with a seed of its own."""
         if self.n < 1:
             raise UsageError(f"--n must be at least 1, got {self.n}")
-        return SamplingConfig(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            max_tokens=self.max_tokens,
-            stop=tuple(self.stop),
-            logprobs=self.logprobs,
-        )
+        try:
+            return SamplingConfig(
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                min_p=self.min_p,
+                max_tokens=self.max_tokens,
+                stop=tuple(self.stop),
+                logprobs=self.logprobs,
+            )
+        except ConfigError as error:  # the caller gave options, not fields of a record
+            raise ConfigError(str(error).replace("SamplingConfig.", "--")) from None

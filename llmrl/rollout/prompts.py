@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from llmrl.errors import DataError, RequestError, UsageError
 from llmrl.rollout.chat import Conversation
 from llmrl.types import Message
 
-# how the families of models write their control tokens in text
-_CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|</?(?:start|end)_of_turn>|\[/?INST\]")
+# how the families of models write their control tokens in text; the bars of the second kind are wide ones
+_CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|<｜[^<>｜\s]{1,40}｜>|</?(?:start|end)_of_turn>|\[/?INST\]")
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
@@ -27,21 +28,16 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
         UsageError: no such file.
         DataError: not JSONL, no row, an id that is no text, or an id twice; the message names the line.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"not found: {path} (--prompts)")
-    try:
-        raw = file.read_bytes()
-        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+    text = _text(Path(path).expanduser(), path)
     rows: list[dict[str, Any]] = []
     lines: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         row = _row(line, f"{path}:{number}")
-        row_id = row.setdefault("id", str(len(rows)))
+        if row.get("id") is None:  # data sets written with null for what is not there
+            row["id"] = str(len(rows))
+        row_id = row["id"]
         if not isinstance(row_id, str) or not row_id:
             raise DataError(f"{path}:{number}: expected an id that is text, got {row_id!r:.60}; write it in quotes")
         if row_id in lines:
@@ -55,6 +51,22 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _text(file: Path, path: str) -> str:
+    if not file.exists():
+        raise UsageError(f"not found: {path} (--prompts)")
+    if not file.is_file():  # a pipe could not be read again when the run goes on
+        raise UsageError(f"{path} is no file: --prompts wants a JSONL file, which may be compressed (.gz)")
+    try:
+        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+
+
 def encode_row(row: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """Return the token ids to sample after.
 
@@ -62,9 +74,9 @@ def encode_row(row: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     up to where the assistant begins to write.
 
     Raises:
-        RequestError: neither or both of them, an empty one, or a control token that this tokenizer does not have.
+        RequestError: neither or both of them, an empty one, messages without a chat template, or a control token that
+            this tokenizer does not have.
         DataError: the messages or the chat template refuse.
-        ModelError: the tokenizer has no chat template.
     """
     prompt, messages = row.get("prompt"), row.get("messages")
     if (prompt is None) == (messages is None):
@@ -73,9 +85,11 @@ def encode_row(row: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     if messages is not None:
         if not isinstance(messages, list) or not messages:
             raise RequestError(f"messages: expected a list of messages, got {messages!r:.60}")
+        if not tokenizer.chat_template:
+            raise RequestError("messages need a chat template, and this model has none; write the row as 'prompt'")
         parsed = [Message.from_json(message) for message in messages]
         for message in parsed:
-            _check_control(message.content, tokenizer)
+            _check_control(message.content, tokenizer, "take it out of the message")
         talk = Conversation(tokenizer)
         talk.add(*parsed)
         return talk.prompt()
@@ -83,20 +97,18 @@ def encode_row(row: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
         raise RequestError(f"prompt: expected text, got {type(prompt).__name__}")
     if not prompt:
         raise RequestError("the prompt is empty: expected text")
-    _check_control(prompt, tokenizer)
+    _check_control(prompt, tokenizer, "write the row as 'messages', or take it out")
     return tuple(tokenizer(prompt)["input_ids"])
 
 
-def _check_control(text: str, tokenizer: Any) -> None:
+def _check_control(text: str, tokenizer: Any, mend: str) -> None:
     """Refuse another family's control tokens: they would be read as letters, and the model would see no turn at all."""
     known = None
     for found in _CONTROL.findall(text):
         known = tokenizer.get_vocab() if known is None else known
-        if found not in known:
-            raise RequestError(
-                f"holds {found}, a control token that this model's tokenizer does not know; "
-                "write the row as 'messages', or leave the token out"
-            )
+        # Llama 2 writes [INST] as plain letters: what a model's own template writes is no stranger
+        if found not in known and found not in str(tokenizer.chat_template or ""):
+            raise RequestError(f"holds {found}, a control token that this model's tokenizer does not know; {mend}")
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -11,7 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,10 @@ from llmrl.errors import (
     Interrupted,
     LlmrlError,
     OutputError,
+    UnansweredError,
     UsageError,
 )
+from llmrl.heads import fingerprint_template, fingerprint_tokenizer
 from llmrl.rollout.adapters import check_adapter
 from llmrl.rollout.backends import choose_backend, open_engine
 from llmrl.rollout.engine import BaseEngine, gather
@@ -33,16 +38,29 @@ from llmrl.rollout.options import RolloutConfig
 from llmrl.rollout.prompts import encode_row, read_prompts
 from llmrl.rollout.protocols import Sample
 from llmrl.rollout.seeds import derive_seed
-from llmrl.rollout.shards import ShardWriter, claim_run, export_records, scan_shards
-from llmrl.types import SamplingConfig
+from llmrl.rollout.shards import Key, ShardWriter, Stored, claim_run, export_records, scan_shards
+from llmrl.training.distributed import (
+    barrier,
+    is_main_process,
+    join_processes,
+    rank,
+    sum_over_processes,
+    world_size,
+)
+from llmrl.types import FinishReason, SamplingConfig
 
 _UNDER_WAY = 1024  # rows sent at once: more than any engine's batch, less than memory
+_UNANSWERED = 3  # rows in a row that no server answers: then it is not the rows
+_PATIENCE = timedelta(days=30)  # of one process for the rows of another
+
+_Answer = tuple[int, tuple[int, ...], list[Sample] | BaseException]
 
 
 @dataclass
 class _Tally:
-    """What the summary says."""
+    """What the summary says of the rows that this call sampled; `before` counts those that were there."""
 
+    before: int = 0
     rows: int = 0
     failed: int = 0
     samples: int = 0
@@ -58,61 +76,127 @@ class _Tally:
             self.tokens += len(sample["token_ids"])
             self.finish[sample["finish_reason"]] += 1
 
+    def add_up(self) -> None:
+        """Add what the other processes counted."""
+        reasons = [str(reason) for reason in FinishReason]
+        counts = [self.rows, self.failed, self.samples, self.tokens, *(self.finish[reason] for reason in reasons)]
+        self.rows, self.failed, self.samples, self.tokens, *ends = sum_over_processes(counts)
+        self.finish = Counter({reason: count for reason, count in zip(reasons, ends, strict=True) if count})
+
     def sentence(self) -> str:
         speed = f", {self.tokens / self.seconds:,.0f} tokens/s" if self.seconds > 0 and self.tokens else ""
         ends = ", ".join(f"{name} {count}" for name, count in sorted(self.finish.items()))
         failed = f", {self.failed} of them failed" if self.failed else ""
+        before = f" and {self.before} done before" if self.before else ""
         work = f"{self.samples} samples, {self.tokens:,} tokens in {self.seconds:.1f} s{speed}"
-        return f"{self.rows} rows{failed}: {work} ({ends})"
+        return f"{self.rows} rows{failed}{before}: {work}{f' ({ends})' if ends else ''}"
 
 
 def rollout(config: RolloutConfig) -> int:
-    """Sample answers to every prompt of a file; return the exit code: 3 when rows failed, else 0."""
+    """Sample answers to every prompt of a file; return the exit code: 3 when rows failed, else 0.
+
+    Several processes of a launcher share the rows; the first one writes the file.
+    """
+    join_processes(patience=_PATIENCE)
     rows = read_prompts(str(config.prompts))
     output = Path(str(config.output)).expanduser()
     folder = output.with_name(f".{output.name}.run")
-    _check_output(output, folder, overwrite=config.overwrite)
+    again = "the same command without --overwrite" if config.overwrite else "the same command"
+    try:
+        return _rollout(config, rows, output, folder, again)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: {_kept(folder, rows)} and kept; {again} goes on with the rest") from None
+    except UnansweredError as error:
+        raise EngineError(f"{error}\n{_kept(folder, rows)}") from error
+    except EngineError as error:
+        raise EngineError(f"{error}\n{_kept(folder, rows)} and kept; {again} goes on with the rest") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OutputError(
+            f"disk full while writing {error.filename or folder}: free some space; {again} goes on\n{_kept(folder, rows)}"
+        ) from error
+
+
+def _rollout(config: RolloutConfig, rows: list[dict[str, Any]], output: Path, folder: Path, again: str) -> int:
+    _check_output(config, output, folder)
     facts = read_facts(str(config.model))
     sampling = _sampling(config)
     backend, why = config.rollout_backend, "as asked"
     if backend == "auto":
         backend, why = choose_backend(facts, config.server_url)
-    claim_run(
+    if backend == "transformers" and sampling.json_schema is not None:
+        raise UsageError(
+            "--json_schema goes with --rollout_backend vllm or server: transformers cannot constrain answers"
+        )
+    adapter = check_adapter(config.adapter, facts.folder).fingerprint if config.adapter else None
+    stored = _claim(
         folder,
         rows,
-        1,
+        config,
         model=facts.fingerprint,
+        tokenizer=fingerprint_tokenizer(facts.tokenizer),
+        template=fingerprint_template(facts.tokenizer),
         backend=backend,
         dtype=config.dtype,
-        adapter=check_adapter(config.adapter, facts.folder).fingerprint if config.adapter else None,
+        max_model_len=config.max_model_len,
+        adapter=adapter,
         seed=config.seed,
         n=config.n,
         sampling=sampling.to_json(),
     )
-    todo = _todo(folder, rows)
-    done = len(rows) - len(todo)
-    tally = _Tally()
+    left = [i for i, row in enumerate(rows) if (row["id"], 0) not in stored or stored[row["id"], 0].failed]
+    todo = left[rank() :: world_size()]
+    tally = _Tally(before=len(rows) - len(left))
+    if left:
+        before = f"; {tally.before} of {len(rows)} rows were done before" if tally.before else ""
+        _say(config, f"backend: {backend} ({why}){before}")
     if todo:
-        _say(config, f"backend: {backend} ({why}){f'; {done} of {len(rows)} rows were done before' if done else ''}")
-        with open_engine(
-            str(config.model),
-            rollout_backend=backend,
-            server_url=config.server_url,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            adapter=config.adapter,
-            batch_size=config.batch_size,
-        ) as engine:
-            _sample_rows(engine, rows, todo, folder, sampling, config, tally)
+        # the writer first: that another process is at work on this output is said before a model is loaded
+        with ShardWriter(folder, rank()) as writer, _open(config, backend) as engine:
+            attempts = {key: one.attempt + 1 for key, one in stored.items()}
+            _sample_rows(engine, rows, todo, writer, attempts, sampling, config, tally)
+    tally.add_up()  # and so every process has written its last row
+    if not is_main_process():
+        return EXIT_DONE
     export_records(folder, output)
-    failed = sum(stored.failed for stored in scan_shards(folder).values())
+    failed = sum(one.failed for one in scan_shards(folder).values())
     _say(config, f"{tally.sentence()}\nwrote {output}")
     if failed:
         raise _FailedRows(
-            f"{failed} of {len(rows)} rows failed, each with its 'error' in {output}; the same command tries them again"
+            f"{failed} of {len(rows)} rows failed, each with its 'error' in {output}; {again} tries them again"
         )
     shutil.rmtree(folder, ignore_errors=True)
     return EXIT_DONE
+
+
+def _open(config: RolloutConfig, backend: str) -> BaseEngine:
+    return open_engine(
+        str(config.model),
+        rollout_backend=backend,
+        server_url=config.server_url,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        adapter=config.adapter,
+        batch_size=config.batch_size,
+    )
+
+
+def _claim(folder: Path, rows: list[dict[str, Any]], config: RolloutConfig, **identity: Any) -> dict[Key, Stored]:
+    """Make the folder this run's, in all processes; return what an earlier attempt has left in it."""
+    if is_main_process():
+        if config.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            claim_run(folder, rows, 1, **identity)
+        except OutputError as error:
+            raise OutputError(f"{error}\n--overwrite starts anew") from None
+    barrier()
+    if not is_main_process():
+        claim_run(folder, rows, 1, **identity)
+    stored = scan_shards(folder)
+    barrier()  # nobody writes before all have read, so all share out the same rows
+    return stored
 
 
 class _FailedRows(LlmrlError):
@@ -134,30 +218,28 @@ def _sampling(config: RolloutConfig) -> SamplingConfig:
         raise DataError(f"{path} is not JSON: {error}") from None
 
 
-def _check_output(output: Path, folder: Path, *, overwrite: bool) -> None:
+def _check_output(config: RolloutConfig, output: Path, folder: Path) -> None:
     if not output.parent.is_dir():
         raise UsageError(f"not found: {output.parent} (the folder of --output)")
     if output.is_dir():
         raise OutputError(f"--output {output} is a folder; name a file")
+    if output.exists() and not output.is_file():
+        raise OutputError(f"--output {output} is no regular file; name one")
+    if output.exists() and output.samefile(Path(str(config.prompts)).expanduser()):
+        raise UsageError(f"--output {output} is the file of --prompts; name another one")
     if not os.access(output.parent, os.W_OK):
         raise OutputError(f"cannot write to {output.parent}: choose another --output")
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-        output.unlink(missing_ok=True)
-    elif output.exists() and not folder.exists():  # with its folder it is a run with failed rows, to be tried again
+    # with its folder it is a run that goes on: rows failed, or it began with --overwrite
+    if output.exists() and not folder.exists() and not config.overwrite:
         raise OutputError(f"--output {output} exists; --overwrite replaces it")
-
-
-def _todo(folder: Path, rows: list[dict[str, Any]]) -> list[int]:
-    stored = scan_shards(folder)
-    return [i for i, row in enumerate(rows) if (row["id"], 0) not in stored or stored[row["id"], 0].failed]
 
 
 def _sample_rows(
     engine: BaseEngine,
     rows: list[dict[str, Any]],
     todo: list[int],
-    folder: Path,
+    writer: ShardWriter,
+    attempts: Mapping[Key, int],
     sampling: SamplingConfig,
     config: RolloutConfig,
     tally: _Tally,
@@ -165,8 +247,7 @@ def _sample_rows(
     """Send every open row and keep each one when it is whole; callbacks of the engine only put it into a queue."""
     from tqdm import tqdm
 
-    finished: queue.SimpleQueue[tuple[int, tuple[int, ...], list[Sample] | BaseException]] = queue.SimpleQueue()
-    attempts = {key: stored.attempt + 1 for key, stored in scan_shards(folder).items()}
+    finished: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
     room = threading.Semaphore(_UNDER_WAY)
     stop = threading.Event()
 
@@ -177,33 +258,35 @@ def _sample_rows(
                 return
             _send(engine, i, rows[i], sampling, config, finished)
 
+    def keep(i: int, prompt: tuple[int, ...], answer: list[Sample] | BaseException) -> None:
+        key = (rows[i]["id"], 0)
+        record = _record(rows[i]["id"], prompt, answer)
+        writer.write(key, record, position=i, failed="error" in record, attempt=attempts.get(key, 0))
+        tally.add(record)
+
     started = time.monotonic()
-    sender = threading.Thread(target=send_all, daemon=True)
-    bar = tqdm(
-        total=len(rows),
-        initial=len(rows) - len(todo),
-        desc="rollout",
-        unit="row",
-        disable=config.quiet,
-        dynamic_ncols=True,
-    )
-    with ShardWriter(folder) as writer, bar:
-        sender.start()
+    unanswered = 0
+    bar = tqdm(total=len(todo), desc="rollout", unit="row", disable=not _talks(config), dynamic_ncols=True)
+    with bar:
+        threading.Thread(target=send_all, daemon=True).start()
         try:
             for _ in todo:
-                i, prompt, answer = finished.get()
+                one = finished.get()
                 room.release()
-                record = _record(rows[i]["id"], prompt, answer)
-                key = (rows[i]["id"], 0)
-                writer.write(key, record, position=i, failed="error" in record, attempt=attempts.get(key, 0))
-                tally.add(record)
+                unanswered = unanswered + 1 if isinstance(one[2], UnansweredError) else 0
+                if unanswered == _UNANSWERED:  # no single row is the cause
+                    raise one[2]  # type: ignore[misc]
+                keep(*one)
                 tally.seconds = time.monotonic() - started
                 bar.set_postfix_str(f"{tally.tokens / max(tally.seconds, 1e-9):,.0f} tokens/s", refresh=False)
                 bar.update()
-        except EngineError as error:
-            raise EngineError(f"{error}\n{_kept(len(rows), todo, tally)}") from error
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted: {_kept(len(rows), todo, tally)}") from None
+        except EngineError:
+            with suppress(queue.Empty):  # others may have been finished when it died
+                while True:
+                    one = finished.get_nowait()
+                    if not isinstance(one[2], EngineError):
+                        keep(*one)
+            raise
         finally:
             stop.set()
             room.release()
@@ -237,7 +320,7 @@ def _record(row_id: str, prompt: tuple[int, ...], answer: list[Sample] | BaseExc
     Raises:
         EngineError: the engine died.
     """
-    if isinstance(answer, EngineError):
+    if isinstance(answer, EngineError) and not isinstance(answer, UnansweredError):
         raise answer
     if isinstance(answer, BaseException):
         return {"id": row_id, "error": f"row {row_id}: {answer}", "prompt_token_ids": list(prompt), "samples": []}
@@ -251,11 +334,16 @@ def _sample(sample: Sample) -> dict[str, Any]:
     return row
 
 
-def _kept(total: int, todo: list[int], tally: _Tally) -> str:
-    done = total - len(todo) + tally.rows
-    return f"{done} of {total} rows are finished and kept; the same command goes on with the rest"
+def _kept(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Count on the disk, which knows the rows of all processes."""
+    done = sum(not one.failed for one in scan_shards(folder).values())
+    return f"{done} of {len(rows)} rows are finished"
+
+
+def _talks(config: RolloutConfig) -> bool:
+    return is_main_process() and not config.quiet
 
 
 def _say(config: RolloutConfig, text: str) -> None:
-    if not config.quiet:
+    if _talks(config):
         print(text, flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.errors import RequestError
-from llmrl.rollout.engine import BaseEngine, Request, find_stop, settle
+from llmrl.rollout.engine import BaseEngine, Request, cut_answer, settle
 from llmrl.rollout.protocols import Sample
 from llmrl.rollout.seeds import derive_seed
 from llmrl.types import FinishReason, PolicyVersion
@@ -50,14 +50,13 @@ class ScriptedEngine(BaseEngine):
         reason, why = FinishReason.LENGTH, None
         for token in said[: request.sampling.max_tokens]:
             ids.append(int(token))
-            stopped = find_stop(self.tokenizer.decode(ids, skip_special_tokens=True), request.sampling.stop)
+            stopped = cut_answer(self.tokenizer, request.token_ids, ids, request.sampling.stop)[1]
             if token in request.end_ids or stopped:
-                reason, why = FinishReason.STOP, stopped[1] if stopped else token
+                reason, why = FinishReason.STOP, token if token in request.end_ids else stopped
                 break
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        cut = find_stop(text, request.sampling.stop)
+        text, _ = cut_answer(self.tokenizer, request.token_ids, ids, request.sampling.stop)
         logprobs = _logprobs([*request.token_ids, *ids])[len(request.token_ids) - 1 :]
-        return Sample(tuple(ids), tuple(logprobs), text[: cut[0]] if cut else text, reason, self.version, why)
+        return Sample(tuple(ids), tuple(logprobs), text, reason, self.version, why)
 
     def score(self, token_ids: Sequence[int], *, base: bool = False) -> list[float]:
         """Return numbers that depend on the tokens up to each one and on nothing else."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
-from llmrl.errors import EngineError, RequestError, UsageError
+from llmrl.errors import EngineError, RequestError, UnansweredError, UsageError
 from llmrl.rollout.http import HttpServer, Refusal, ServerBusy, ServerFault
 
 _T = TypeVar("_T")
@@ -93,7 +93,7 @@ class Pool:
 
         Raises:
             RequestError: A server refused the request itself.
-            EngineError: No server is left, or too many failed on this request.
+            EngineError: No server is left (UnansweredError: too many failed on this request alone).
         """
         failures: list[str] = []
         busy_since: float | None = None
@@ -107,7 +107,7 @@ class Pool:
             except ServerFault as fault:
                 failures.append(f"{member.url}: {fault}")
                 if len(failures) > self.retries:
-                    raise EngineError(
+                    raise UnansweredError(
                         f"{len(failures)} servers in a row failed on one request, the last ones: "
                         f"{'; '.join(failures[-3:])}; {RESUME}"
                     ) from None

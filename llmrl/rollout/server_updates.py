@@ -118,6 +118,7 @@ class Updates:
                 # counted before the new weights are in: what it answered until now was sampled from others
                 member.epoch += 1
                 await self._load(member, self._folder_of(self.held), self.held.label)
+            await self._resume(member)
         if self.held.adapter and self.held.adapter not in await served_names(member):
             member.epoch += 1
             await self._load_adapter(member, self.held.adapter, self.held.adapter_folder)
@@ -133,7 +134,11 @@ class Updates:
             _log.warning("%s holds the weights '%s' of an earlier run; loading its start weights", member.url, found)
             await self.check_means(member)
             await self._load(member, self._folder_of(self.held), START)
-        elif (await member.http.get("/is_paused")).get("is_paused"):
+        await self._resume(member)
+
+    async def _resume(self, member: Member) -> None:
+        found = await member.http.get("/is_paused")
+        if isinstance(found, dict) and found.get("is_paused"):  # by a client that was killed
             await member.http.post("/resume")
 
     async def _has_labels(self, member: Member) -> bool:
@@ -157,8 +162,8 @@ class Updates:
 
     async def _load(self, member: Member, folder: Path, label: str) -> None:
         http = member.http
-        await http.post("/update_weight_version", {"new_version": _LOADING + label})
         await http.post("/pause?mode=wait")
+        await http.post("/update_weight_version", {"new_version": _LOADING + label})
         # the label comes last: until the cache of the old weights is gone, the server is not to be used
         await self._transfer_weights(member, {"folder": str(folder)}, None)
         done = await http.post("/reset_prefix_cache")

@@ -153,12 +153,14 @@ class ShardWriter:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(self._fd)
             self._fd = -1
             raise OutputError(
                 f"{self.path} is being written by another process: wait for it, or give each process its own rank"
             ) from None
+        except OSError:  # some network file systems have no locks: a run there is worth more than the check
+            pass
         self._size = _cut_torn_end(self.path, self._fd)
         self._synced, self._synced_size = time.monotonic(), self._size
 

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from llmrl.errors import SyncError
+from llmrl.errors import ModelError, SyncError
 from llmrl.rollout.engine import BaseEngine
 from llmrl.rollout.seeds import derive_seed
 from llmrl.rollout.weights import disk_weights, unwrap
@@ -26,7 +26,7 @@ _PROBE_TOKENS = 320  # more than two blocks of vLLM's prefix cache, of 128 token
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What the canary saw after an update, in nats; the changes are against the update before (None at the first)."""
+    """What the canary saw after an update, in nats; the changes are against the probe before (None where none was taken)."""
 
     version: PolicyVersion
     difference: float
@@ -83,8 +83,13 @@ class WeightSync:
             SyncError: A tensor was lost or changed, the engine kept its old weights, or its prefix cache kept the old
                 keys and values; the message says which.
         """
-        self._after_prefix()  # the prefix is in the cache now, computed with the old weights
-        version = self._send()
+        if self.engine.is_trusted:
+            self._after_prefix()  # the prefix is in the cache now, computed with the old weights
+            self._engine = self.engine.score(self.probe_ids) if self._engine is None else self._engine
+        try:
+            version = self._send()
+        except SyncError as error:
+            self._fail(str(error))
         trainer, engine = self._trainer_probe(), self.engine.score(self.probe_ids)
         difference, at = _largest(trainer, engine)
         trainer_change = None if self._trainer is None else _largest(trainer, self._trainer)[0]
@@ -104,10 +109,10 @@ class WeightSync:
         engine_change: float | None,
     ) -> None:
         moved = trainer_change is not None and trainer_change > self.tolerance
-        if moved and engine_change is not None and engine_change < 0.01 * (trainer_change or 0.0):
+        if difference > self.tolerance and engine_change is not None and engine_change < 0.01 * difference:
             self._fail(
-                f"update {version.number} did not reach the engine: the trainer's probe moved by {trainer_change:.2g} "
-                f"nats, the engine's by {engine_change:.2g}; it still samples with its old weights"
+                f"update {version.number} did not reach the engine: it is {difference:.2g} nats away from the trainer and "
+                f"moved by {engine_change:.2g}; it still samples with its old weights"
             )
         if not difference <= self.tolerance:
             self._fail(
@@ -140,22 +145,28 @@ class WeightSync:
         from llmrl.rollout.transformers_engine import prompt_logprobs
 
         model = unwrap(self.model)
-        was_training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()  # no dropout, hence no draw from the trainer's random state either
         try:
             return prompt_logprobs(model, [ids or self.probe_ids])[0]
         finally:
-            model.train(was_training)
+            for module, training in modes:  # train() would switch on the dropout of frozen parts too
+                module.training = training
 
     def _send(self) -> PolicyVersion:
         model = unwrap(self.model)
         if not (hasattr(model, "peft_config") and self.engine.takes_adapters):
             return self.engine.update(disk_weights(model))
+        active = model.active_adapters
+        if len(active) != 1:
+            raise ModelError(f"an engine takes one adapter, the trainer has {len(active)} active: {', '.join(active)}")
+        name = active[0]
         with tempfile.TemporaryDirectory(prefix="llmrl-adapter-") as folder:
-            model.save_pretrained(folder, safe_serialization=True)
-            return self.engine.update(Path(folder))
+            # the embeddings are the base's: looking whether they changed would ask the hub at each update
+            model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+            return self.engine.update(Path(folder) if name == "default" else Path(folder, name))
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, message: str) -> NoReturn:
         self.engine.distrust(message)
         raise SyncError(message)
 

@@ -27,7 +27,12 @@ class TransferFolder:
     def folder(self, number: int, size: int) -> Path:
         """Return a path for version `number` of `size` bytes; nothing is there yet."""
         if self._root is None:
-            self._root = Path(tempfile.mkdtemp(prefix="llmrl-weights-", dir=self._parent or _roomy(size)))
+            try:
+                self._root = Path(tempfile.mkdtemp(prefix="llmrl-weights-", dir=self._parent or _roomy(size)))
+            except OSError as error:
+                raise OutputError(
+                    f"no folder can be made in {self._parent or error.filename}: set transfer_dir"
+                ) from error
         path = self._root / f"version-{number}"
         shutil.rmtree(path, ignore_errors=True)  # of an update that failed
         free = shutil.disk_usage(self._root).free

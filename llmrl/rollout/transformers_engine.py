@@ -21,15 +21,14 @@ from torch import Tensor
 
 from llmrl.base_model import open_causal_lm
 from llmrl.errors import EngineError, ModelError, RequestError, SyncError, explain
+from llmrl.heads import PREFIX
 from llmrl.rollout.adapters import check_adapter
-from llmrl.rollout.engine import BaseEngine, Request, find_stop, first_line, settle
+from llmrl.rollout.engine import BaseEngine, Request, cut_answer, first_line, settle
 from llmrl.rollout.model_facts import read_facts
 from llmrl.rollout.protocols import Sample
-from llmrl.rollout.weight_files import check_names, digest, fingerprint
+from llmrl.rollout.weight_files import check_names, digest, fingerprint, shown
 from llmrl.rollout.weights import disk_weights
 from llmrl.types import FinishReason, PolicyVersion, SamplingConfig
-
-_ADAPTER = "llmrl"
 
 
 @dataclass
@@ -79,6 +78,7 @@ class TransformersEngine(BaseEngine):
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self._folder, self._batch_size = facts.folder, batch_size
         self._version = self._base_version = PolicyVersion(0, facts.fingerprint)
+        self._adapter = ""
         self._lock = threading.Lock()  # one forward at a time: adapters are switched on the module
         self._inbox: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
         self._closed: EngineError | None = None
@@ -113,6 +113,8 @@ class TransformersEngine(BaseEngine):
 
     def score_batch(self, rows: Sequence[Sequence[int]], *, base: bool = False) -> list[list[float]]:
         """Score rows of different lengths in one forward pass, padded on the right."""
+        if not rows:
+            return []
         checked = [self.check_ids(row) for row in rows]
         for ids in checked:
             if len(ids) > self.max_model_len:
@@ -194,26 +196,25 @@ class TransformersEngine(BaseEngine):
             row.top.append(tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
         reason: FinishReason | None = None
         why: int | str | None = None
-        cut = None
+        stopped = None
         if sampling.stop:
-            cut = find_stop(self.tokenizer.decode(row.ids, skip_special_tokens=True), sampling.stop)
+            stopped = cut_answer(self.tokenizer, row.request.token_ids, row.ids, sampling.stop)[1]
         if token in row.request.end_ids:
             reason, why = FinishReason.STOP, token
-        elif cut:
-            reason, why = FinishReason.STOP, cut[1]
+        elif stopped:
+            reason, why = FinishReason.STOP, stopped
         elif len(row.ids) >= sampling.max_tokens:
             reason = FinishReason.LENGTH
         if reason is None:
             row.done = row.future.cancelled()
             return
-        text = self.tokenizer.decode(row.ids, skip_special_tokens=True)
         row.done = True
         settle(
             row.future,
             Sample(
                 token_ids=tuple(row.ids),
                 logprobs=tuple(row.logprobs),
-                text=text[: cut[0]] if cut else text,
+                text=cut_answer(self.tokenizer, row.request.token_ids, row.ids, sampling.stop)[0],
                 finish_reason=reason,
                 policy_version=row.version,
                 stop_reason=why,
@@ -230,7 +231,15 @@ class TransformersEngine(BaseEngine):
         if hasattr(self._model, "disable_adapter"):
             raise EngineError("this engine holds an adapter; open it without one to give it weights")
         own = dict(disk_weights(self._model))
-        check_names(tensors, own, "the weight update")
+        heads = {name for name in own if name.startswith(PREFIX)}  # those that do not come stay as they are
+        check_names(tensors, set(own) - (heads - set(tensors)), "the weight update")
+        held = {parameter.untyped_storage().data_ptr() for parameter in self._model.state_dict().values()}
+        copies = [name for name in tensors if own[name].untyped_storage().data_ptr() not in held]
+        if copies:
+            raise SyncError(
+                f"{shown(copies)}: {type(self._model).__name__} keeps them in another layout than its files, which only the "
+                "vllm backend updates; use --rollout_backend vllm"
+            )
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
                 raise SyncError(f"{name} has shape {list(tensor.shape)}, the model's has {list(own[name].shape)}")
@@ -246,18 +255,20 @@ class TransformersEngine(BaseEngine):
 
         facts = check_adapter(source, self._folder)
         model: Any = self._model
+        number = self._version.number + 1
+        name = f"llmrl-{number}"  # beside the one before, which is dropped when this one has loaded
         try:
             if isinstance(model, PeftModel):
-                model.delete_adapter(_ADAPTER)
-                model.load_adapter(str(source), adapter_name=_ADAPTER)
-                model.set_adapter(_ADAPTER)
+                model.load_adapter(str(source), adapter_name=name)
+                model.set_adapter(name)
+                model.delete_adapter(self._adapter)
             else:
-                model = PeftModel.from_pretrained(model, str(source), adapter_name=_ADAPTER)
+                model = PeftModel.from_pretrained(model, str(source), adapter_name=name)
         except Exception as error:
             self.distrust(f"the adapter {source} did not load")
             raise ModelError(f"PEFT does not load the adapter {source}: {first_line(error)}") from error
-        self._model = model.eval()
-        return PolicyVersion(self._version.number + 1, facts.fingerprint)
+        self._model, self._adapter = model.eval().requires_grad_(False), name
+        return PolicyVersion(number, facts.fingerprint)
 
 
 def _steps(model: Any, rows: list[_Row], stop: Callable[[], bool]) -> Iterator[Tensor]:

@@ -25,11 +25,13 @@ from llmrl.rollout.protocols import Sample
 from llmrl.rollout.transfer import TransferFolder
 from llmrl.rollout.vllm_start import settings_for, start_vllm, usable_build
 from llmrl.rollout.weight_files import WEIGHTS_TOUCHED, write_weights
+from llmrl.training.distributed import world_size
 from llmrl.types import FinishReason, PolicyVersion
 
 if TYPE_CHECKING:
     import torch
 
+_in_this_process: set[int] = set()  # engines that are open here
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 
 
@@ -61,7 +63,8 @@ class VllmEngine(BaseEngine):
         max_model_len: A shorter context than the model's own.
         max_lora_rank: Highest rank of an adapter to come; 0 takes none.
         adapter: Folder of a PEFT adapter to start with.
-        own_process: Run vLLM's core in a child process; None does so on a GPU. On a CPU it doubles the time to start.
+        own_process: Run vLLM's core in a child process; None does so on a GPU and under a launcher of several processes.
+            On a CPU it doubles the time to start.
         kv_cache_memory_bytes: Size of the KV cache; None leaves it to vLLM on a GPU and takes 1 GiB on a CPU.
         transfer_dir: Where new weights pass through; None takes a private folder in memory (/dev/shm) where it fits.
         options: Further arguments of `vllm.LLM`, e.g. tensor_parallel_size or gpu_memory_utilization.
@@ -93,8 +96,12 @@ class VllmEngine(BaseEngine):
         )
         rank = check_adapter(adapter, facts.folder).rank if adapter else 0
         settings = settings_for(facts, build, dtype, max(max_lora_rank, rank), kv_cache_memory_bytes) | options
-        self._own_process = build != "cpu" if own_process is None else own_process
+        # several processes: vLLM in this one would take the trainer's process group for its own
+        apart = build != "cpu" or world_size() > 1
+        self._own_process = apart if own_process is None else own_process
         self._llm = start_vllm(settings, own_process=self._own_process)
+        if not self._own_process:
+            _in_this_process.add(id(self))
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
         self.max_lora_rank = settings.get("max_lora_rank", 0)
         self._version = self._base_version = PolicyVersion(0, facts.fingerprint)
@@ -211,8 +218,11 @@ class VllmEngine(BaseEngine):
                 settle(update.future, error=self._broken)
             self._fail_all(self._broken)
         finally:
-            with suppress(Exception):
-                engine.engine_core.shutdown()
+            _in_this_process.discard(id(self))
+            # in a process vLLM's engines share its process groups, and a shutdown of one takes them from all
+            if self._own_process or not _in_this_process:
+                with suppress(Exception):
+                    engine.engine_core.shutdown()
 
     def _admit(self, job: _Job) -> None:
         from vllm import TokensPrompt

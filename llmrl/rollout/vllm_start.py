@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llmrl.errors import EngineError, VersionError
@@ -11,9 +13,21 @@ from llmrl.rollout.adapters import served_rank
 from llmrl.rollout.engine import first_line
 from llmrl.rollout.model_facts import ModelFacts
 from llmrl.rollout.weight_files import VLLM_BACKEND
+from llmrl.training.distributed import world_size
 from llmrl.vllm_compat import check_versions, patch_cpu_build, vllm_build, why_no_vllm
 
 _CPU_KV_CACHE_BYTES = 1 << 30
+# what torchrun and accelerate tell a process about the others
+_OF_LAUNCHER = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def usable_build() -> str:
@@ -65,13 +79,11 @@ def start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if not own_process:
+    if not own_process or world_size() > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the trainer's too
-    previous = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
     state = torch.random.get_rng_state()  # vLLM seeds the generator of the process it runs in
     try:
-        with warnings.catch_warnings():
+        with _environment(own_process), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of vLLM about its own use of torch
             import vllm
 
@@ -87,7 +99,30 @@ def start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:
         raise EngineError(f"vLLM does not start with {settings['model']}: {first_line(error)}{hint}") from error
     finally:
         torch.random.set_rng_state(state)
-        if previous is None:
-            del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
-        else:
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = previous
+
+
+@contextmanager
+def _environment(own_process: bool) -> Iterator[None]:
+    """Say whether vLLM takes a process of its own, and to that one nothing of the processes that train together."""
+    changed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1" if own_process else "0"}
+    gone: list[str] = []
+    if own_process and "PYTHONWARNINGS" not in os.environ:  # of vLLM about its own use of torch, and at its end
+        changed["PYTHONWARNINGS"] = "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker"
+    if own_process and world_size() > 1:
+        gone = [name for name in os.environ if name in _OF_LAUNCHER or name.startswith("TORCHELASTIC_")]
+        local, visible = os.environ.get("LOCAL_RANK", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else []
+        if local.isdigit() and visible != "":  # the GPU of this process, and not the first one for all
+            changed["CUDA_VISIBLE_DEVICES"] = gpus[int(local)] if int(local) < len(gpus) else local
+    previous = {name: os.environ.get(name) for name in (*changed, *gone)}
+    for name in gone:
+        del os.environ[name]
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

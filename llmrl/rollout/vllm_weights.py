@@ -78,8 +78,11 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
             return
         self._touched = True
         initialize_layerwise_reload(self.model)
-        with torch.no_grad():
-            loaded = self.model.load_weights(iter(tensors.items()))
+        try:
+            with torch.no_grad():
+                loaded = self.model.load_weights(iter(tensors.items()))
+        except Exception as error:
+            raise SyncError(f"the model did not take the weight update ({error}); {WEIGHTS_TOUCHED}") from error
         missing = self._not_loaded(set(loaded or ()))
         if missing:
             finalize_layerwise_reload(self.model, self.model_config)

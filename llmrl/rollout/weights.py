@@ -24,6 +24,7 @@ def disk_weights(model: Any) -> dict[str, Tensor]:
     model = unwrap(model)
     merged: dict[str, Tensor] = {}
     if hasattr(model, "peft_config"):
+        _check_plain_lora(model)
         merged = _merged_layers(model)
         model = model.get_base_model()
     tensors: dict[str, Tensor] = {}
@@ -50,6 +51,20 @@ def unwrap(model: Any) -> Any:
 def _persistent_buffers(model: Any) -> list[tuple[str, Tensor]]:
     kept = set(model.state_dict())
     return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+
+
+def _check_plain_lora(model: Any) -> None:
+    for name, config in model.peft_config.items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind != "LORA":
+            raise ModelError(
+                f"the adapter '{name}' is {kind}, expected LORA: no other kind is merged into weights here"
+            )
+        beyond = [key for key in ("use_dora", "lora_bias", "trainable_token_indices") if getattr(config, key, None)]
+        if beyond:
+            raise ModelError(
+                f"the adapter '{name}' has {', '.join(beyond)}: train plain LoRA, W + BA is all that is merged"
+            )
 
 
 @torch.no_grad()

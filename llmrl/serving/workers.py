@@ -22,6 +22,7 @@ from llmrl.serving.plugin import MARKER_VARIABLE
 
 _POLL = 0.2
 _STOP_TIMEOUT = 45.0  # vLLM lets requests that are under way end
+_GRACE = 3.0  # for what the server itself started
 _TAIL = 5
 
 
@@ -84,10 +85,13 @@ class Worker:
             last = "without having loaded llmrl's plugin; check with: llmrl doctor"
         return f"worker {self.number} ({self.url}) ended with exit code {code}: {last}"
 
-    def stop(self, end: float) -> None:
-        """Wait for the process until `end`, then kill what is left of its group."""
+    def wait(self, end: float) -> None:
+        """Wait for the process until `end`."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=max(0.1, end - time.monotonic()))
+
+    def kill_group(self, end: float) -> None:
+        """Wait for what the process started until `end`, then kill what is left."""
         while time.monotonic() < end and self._group_lives():
             time.sleep(_POLL)
         with suppress(ProcessLookupError, PermissionError):
@@ -134,7 +138,10 @@ def run_workers(
                     worker.process.terminate()
             end = time.monotonic() + _STOP_TIMEOUT
             for worker in workers:
-                worker.stop(end)
+                worker.wait(end)
+            end = time.monotonic() + _GRACE
+            for worker in workers:
+                worker.kill_group(end)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

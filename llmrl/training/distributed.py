@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from llmrl.errors import DistributedError
@@ -57,13 +59,20 @@ def check_processes(expected: int | None = None, *, announce: bool = True) -> in
     return actual
 
 
-def join_processes() -> None:
-    """Start the process group when a launcher started several processes (gloo on a CPU, nccl on GPUs)."""
+def join_processes(*, patience: timedelta | None = None) -> None:
+    """Start the process group when a launcher started several processes (gloo on a CPU, nccl on GPUs).
+
+    Args:
+        patience: how long one process waits for the others; None leaves it to torch (10 to 30 minutes).
+    """
     if world_size() > 1 and _process_group() is None:
         import torch
 
+        backend = (
+            "gloo" if patience or not torch.cuda.is_available() else "nccl"
+        )  # nccl keeps a GPU busy while it waits
         try:
-            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            torch.distributed.init_process_group(backend, timeout=patience)
         except ValueError as error:
             raise DistributedError(
                 f"WORLD_SIZE says {world_size()} processes, but no launcher set the rest ({str(error).splitlines()[0]})\n"
@@ -76,6 +85,19 @@ def barrier() -> None:
     group = _process_group()
     if group is not None:
         group.barrier()
+
+
+def sum_over_processes(numbers: Sequence[int]) -> list[int]:
+    """Return the sums of each number over all processes; like `barrier`, it waits for all."""
+    group = _process_group()
+    if group is None:
+        return list(numbers)
+    import torch
+
+    device = "cuda" if group.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(list(numbers), dtype=torch.int64, device=device)
+    group.all_reduce(sums)
+    return sums.tolist()
 
 
 def _launched_too_few() -> bool:

@@ -1,0 +1,114 @@
+"""Engines for tests: each model is opened once a session, and a test that gives an engine weights puts the old ones back."""
+
+import contextlib
+
+import pytest
+from engine_support import SMALL, STORIES, TEXTS, trainer, weights, write_tiny
+
+from llmrl.vllm_compat import vllm_build, why_no_vllm
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("vllm") and vllm_build() is None:
+        pytest.skip(f"no vLLM: {why_no_vllm()}")
+
+
+@pytest.fixture(scope="session")
+def text_ids(stories_tokenizer):
+    return [stories_tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Return `tiny_folder(name) -> folder`; "stories" is the pretrained model of the repository."""
+    made = {"stories": STORIES}
+
+    def make(name):
+        if name not in made:
+            made[name] = write_tiny(name, tmp_path_factory.mktemp("tiny") / name)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def open_vllm():
+    """Return `open_vllm(folder, **options) -> engine`, the same one for the same arguments; closed at the end."""
+    from llmrl.rollout.vllm_engine import VllmEngine
+
+    opened = {}
+    with contextlib.ExitStack() as stack:
+        if vllm_build() is not None:
+            from vllm.model_executor.models import registry
+
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            # a process to inspect an architecture in costs five seconds; the serving tests go through the real one
+            patch.setattr(registry, "_run_in_subprocess", lambda function: function())
+
+        def get(folder, **options):
+            key = (str(folder), *sorted(options.items()))
+            if key not in opened:
+                opened[key] = stack.enter_context(VllmEngine(str(folder), **(SMALL | options)))
+            return opened[key]
+
+        yield get
+
+
+@pytest.fixture(scope="session")
+def stories_vllm(open_vllm):
+    """vLLM on the example model, for reading only."""
+    return open_vllm(STORIES)
+
+
+@pytest.fixture(scope="session")
+def stories_hf():
+    """The transformers backend on the example model, for reading only."""
+    from llmrl.rollout.transformers_engine import TransformersEngine
+
+    with TransformersEngine(str(STORIES)) as engine:
+        yield engine
+
+
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def engine(request):
+    """Each backend in turn, for reading only."""
+    return request.getfixturevalue({"transformers": "stories_hf", "vllm": "stories_vllm"}[request.param])
+
+
+@pytest.fixture(scope="session")
+def stories_model():
+    """The example model as a trainer holds it; not to be changed."""
+    return trainer(STORIES)
+
+
+@pytest.fixture(scope="session")
+def _synced_engines(open_vllm):
+    from llmrl.rollout.transformers_engine import TransformersEngine
+
+    opened = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(backend):
+            if backend not in opened:
+                if backend == "vllm":
+                    opened[backend] = open_vllm(STORIES, max_model_len=500)  # another engine than the one only read
+                else:
+                    opened[backend] = stack.enter_context(TransformersEngine(str(STORIES)))
+            return opened[backend]
+
+        yield get
+
+
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def synced(request, _synced_engines, stories_model):
+    """Each backend in turn, with the example model's weights, to be updated as the test likes."""
+    engine = _synced_engines(request.param)
+    engine.update(weights(stories_model))
+    return engine
+
+
+@pytest.fixture
+def synced_vllm(_synced_engines, stories_model):
+    engine = _synced_engines("vllm")
+    engine.update(weights(stories_model))
+    return engine
