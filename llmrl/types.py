@@ -123,7 +123,8 @@ class SamplingConfig(Record):
 
     `top_k=0`, `top_p=1` and `min_p=0` switch a filter off. `temperature=0` is greedy. `logprobs` is the number of
     alternatives reported beside each sampled token, whose own logprob always comes. Sample 0 of `n` is drawn with `seed`,
-    the others with seeds derived from it. `json_schema` constrains the answer; only vLLM can do that.
+    the others with seeds derived from it. `json_schema` constrains the answer; only vLLM can do that, and
+    the logprobs are then those of the constrained distribution.
     """
 
     temperature: float = 1.0
@@ -160,8 +161,8 @@ class SamplingConfig(Record):
 
     @property
     def is_truncated(self) -> bool:
-        """True when top-p, top-k or min-p leaves tokens out of what is sampled from."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        """True when top-p, top-k, min-p or a schema leaves tokens out of what is sampled from."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.json_schema is not None
 
     def require_full_support(self) -> None:
         """Refuse settings under which a ratio of policy to sampler is not defined for every token.
@@ -170,12 +171,16 @@ class SamplingConfig(Record):
             ConfigError: a filter is on, or decoding is greedy; the message names each key and the value to give it.
         """
         off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        wrong = {name: value for name, value in off.items() if getattr(self, name) != value}
+        wrong: dict[str, float | None] = {name: value for name, value in off.items() if getattr(self, name) != value}
         if self.temperature == 0:
             wrong["temperature"] = 1.0
+        if self.json_schema is not None:
+            wrong["json_schema"] = None
         if wrong:
-            got = ", ".join(f"{name}={getattr(self, name)}" for name in wrong)
-            mend = ", ".join(f"{name}={value:g}" for name, value in wrong.items())
+            got = ", ".join(f"{name}={getattr(self, name)!s:.40}" for name in wrong)
+            mend = ", ".join(
+                f"{name}={value if value is None else format(value, 'g')}" for name, value in wrong.items()
+            )
             raise ConfigError(
                 f"on-policy ratios need samples from the full distribution, but they were drawn with {got}; set {mend}"
             )

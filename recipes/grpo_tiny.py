@@ -10,8 +10,11 @@ largest logprob difference of every step; `plots/reward.png` shows them.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +51,20 @@ class GrpoConfig:
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise UsageError("missing --output_dir: where the result goes")
-        for name in ("max_steps", "num_generations", "prompts_per_step", "max_completion_length"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        least = {
+            "max_steps": 1,
+            "num_generations": 2,
+            "prompts_per_step": 1,
+            "max_completion_length": 1,
+            "lora_r": 0,
+            "seed": 0,
+        }
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise UsageError(f"--{name} must be at least {smallest}, got {getattr(self, name)}")
+        for name in ("learning_rate", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"--{name} must be a number above 0, got {getattr(self, name)}")
 
 
 def share_of_s(completions: list[Any], **columns: Any) -> list[float]:
@@ -67,15 +81,25 @@ def main(argv: list[str]) -> int:
     """Train; return the exit code."""
     config = parse_config(GrpoConfig, argv, prog="recipes/grpo_tiny.py", description="GRPO on the small model")
     from llmrl.commands import quiet_libraries
-    from llmrl.rollout.backends import open_engine
+
+    quiet_libraries(config.quiet)  # before the libraries load
+    from llmrl.rollout.backends import choose_backend, open_engine
     from llmrl.rollout.grpo import EngineRollouts
+    from llmrl.rollout.model_facts import read_facts
     from llmrl.training import check_processes, is_main_process
 
-    quiet_libraries(config.quiet)
-    check_processes(announce=not config.quiet)
+    processes = check_processes(announce=not config.quiet)
+    if config.prompts_per_step * config.num_generations % processes:
+        raise UsageError(
+            f"{config.prompts_per_step} prompts times {config.num_generations} answers do not share out over {processes} "
+            "processes: change --prompts_per_step"
+        )
     output = check_output_dir(str(config.output_dir), overwrite=config.overwrite)
-    options = {"max_lora_rank": config.lora_r} if config.lora_r and config.rollout_backend != "transformers" else {}
-    with open_engine(config.model, rollout_backend=config.rollout_backend, max_model_len=512, **options) as engine:
+    backend = config.rollout_backend
+    if backend == "auto":
+        backend, _ = choose_backend(read_facts(config.model))
+    options = {"max_lora_rank": config.lora_r} if config.lora_r and backend == "vllm" else {}
+    with open_engine(config.model, rollout_backend=backend, max_model_len=512, **options) as engine:
         rollouts = EngineRollouts(engine)
         trainer = _trainer(config, output, rollouts)
         trainer.train()
@@ -87,6 +111,9 @@ def main(argv: list[str]) -> int:
 
 
 def _trainer(config: GrpoConfig, output: Path, rollouts: Any) -> Any:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is, and is what this recipe is about
+    # said of its own use of vLLM, which is switched off here
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -127,7 +154,7 @@ def _trainer(config: GrpoConfig, output: Path, rollouts: Any) -> Any:
         "base_model": config.model,
         "summary": "A test of the online loop: trained to begin words with the letter s.",
     }
-    return safe(GRPOTrainer)(
+    trainer = safe(GRPOTrainer)(
         model=config.model,
         reward_funcs=share_of_s,
         args=arguments,
@@ -137,6 +164,23 @@ def _trainer(config: GrpoConfig, output: Path, rollouts: Any) -> Any:
         rollout_func=rollouts,
         callbacks=[MetricsCallback(), RunFilesCallback(to_flat(config), card=card)],
     )
+    _show_reward(trainer, quiet=config.quiet)
+    return trainer
+
+
+def _show_reward(trainer: Any, *, quiet: bool) -> None:
+    """Let the progress bar show the reward, in place of a dict of forty numbers a step: those are in metrics.jsonl."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    class RewardBar(ProgressCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.training_bar is not None and logs and "reward" in logs:
+                self.training_bar.set_postfix_str(f"reward {logs['reward']:.3f}")
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not quiet:
+        trainer.add_callback(RewardBar)
 
 
 def _plot(output: Path) -> None:

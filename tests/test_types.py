@@ -287,3 +287,10 @@ def test_types_import_needs_the_standard_library_only():
     code = "import sys, llmrl.types\nprint({m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'transformers'})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_sampling_with_a_schema_is_truncated_and_refused_for_ratios():
+    sampling = SamplingConfig(json_schema={"type": "object"})
+    assert sampling.is_truncated
+    with pytest.raises(ConfigError, match=r"json_schema=\{'type': 'object'\}; set json_schema=None"):
+        sampling.require_full_support()

@@ -121,6 +121,10 @@ def _check_shapes(weights: Path, folder: Path, base: Path | str | None) -> None:
         ) from error
     if not shapes:
         raise ModelError(f"{weights} holds no tensor: save the adapter again")
+    for name in shapes:
+        here, other = ("lora_A", "lora_B") if ".lora_A." in name else ("lora_B", "lora_A")
+        if f".{here}." in name and name.replace(here, other) not in shapes:
+            raise ModelError(f"the layer of {name} has no {other} in {weights}: save the adapter again")
     if base is None:
         return
     of_base: dict[str, tuple[int, ...]] = {}

@@ -15,13 +15,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import httpx
+
 from llmrl.errors import EngineError, UsageError
 from llmrl.rollout.engine import settle
-
-try:
-    import httpx2 as httpx  # what huggingface_hub depends on, hence transformers; httpx in its older releases
-except ModuleNotFoundError:
-    import httpx  # type: ignore[no-redef]
 
 _T = TypeVar("_T")
 _BUSY = (429, 503)

@@ -80,7 +80,9 @@ def encode_row(row: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """
     prompt, messages = row.get("prompt"), row.get("messages")
     if (prompt is None) == (messages is None):
-        got = "both" if prompt is not None else f"the keys {', '.join(row)}"
+        got = (
+            "both" if prompt is not None else f"the keys {', '.join(sorted(row.keys() - {'id'})) or 'of an empty row'}"
+        )
         raise RequestError(f"expected 'prompt' or 'messages', got {got}")
     if messages is not None:
         if not isinstance(messages, list) or not messages:

@@ -116,9 +116,9 @@ class ServerEngine(BaseEngine):
         cards = await asyncio.gather(*(_at_open(member, _base_card(member)) for member in members))
         _check_same([member.url for member in members], cards)
         self._card = cards[0]
-        self.served_name, _, self.max_model_len = self._card
+        self.served_name, root, self.max_model_len = self._card
         held = Held(self._version, self._version)
-        self._updates = Updates(self._pool, self.served_name, self._folder, held, self._transfer)
+        self._updates = Updates(self._pool, root, self._folder, held, self._transfer)
         for member in members:
             await _at_open(member, self._updates.reset(member))
         await asyncio.gather(*(_at_open(member, self._check_member(member)) for member in members))

@@ -59,7 +59,7 @@ class Updates:
 
     Args:
         pool: The servers.
-        model: Their base model's name for requests and messages.
+        model: What they were started with, for messages.
         model_folder: Folder with the weights they were started with.
         held: What they hold now.
         transfer: Where weights pass through.

@@ -19,9 +19,21 @@ from llmrl.rollout.seeds import derive_seed
 from llmrl.rollout.weights import disk_weights, unwrap
 from llmrl.types import PolicyVersion, SamplingConfig
 
-# largest difference of a token's logprob in nats that the arithmetic of two implementations explains
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+# Largest difference of a token's logprob in nats that the arithmetic of two implementations explains. In 16 bits a rare
+# token may be off by ten times the mean (seen with bfloat16 on four small models: at most 0.52, and 0.04 on average), so
+# the mean has to keep to a tenth of it.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.8, "float16": 0.1}
+_MEAN_SHARE = 0.1
 _PROBE_TOKENS = 320  # more than two blocks of vLLM's prefix cache, of 128 tokens on a CPU and 16 on a GPU
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """How far two probes are apart: at most, at which token, on average."""
+
+    largest: float
+    at: int
+    mean: float
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class SyncReport:
 
     version: PolicyVersion
     difference: float
+    mean_difference: float
     difference_after_cached_prefix: float
     trainer_change: float | None
     engine_change: float | None
@@ -42,7 +55,7 @@ class WeightSync:
         engine: Any engine of ours that takes updates.
         model: The trainer's model: a transformers model, or a PEFT model with a LoRA adapter. An engine opened for
             adapters gets the adapter, any other one the merged weights.
-        tolerance: In nats a token; None takes that of the coarser dtype of the two.
+        tolerance: In nats a token, and a tenth of it on average; None takes that of the coarser dtype of the two.
         probe_ids: Token ids to compare on; None lets the engine write some.
 
     Raises:
@@ -67,14 +80,13 @@ class WeightSync:
             SyncError: They disagree by more than the tolerance.
         """
         trainer, engine = self._trainer_probe(), self.engine.score(self.probe_ids)
-        difference, at = _largest(trainer, engine)
-        if not difference <= self.tolerance:
+        gap = _compare(trainer, engine)
+        if not self._agree(gap):
             self._fail(
-                f"engine and trainer disagree before any update: {difference:.2g} nats at probe token {at + 1} "
-                f"(tolerance {self.tolerance:g}); they must start from the same checkpoint, or call update() first"
+                f"engine and trainer disagree before any update: {self._shown(gap)}; they must start from the same checkpoint, or call update() first"
             )
         self._trainer, self._engine = trainer, engine
-        return difference
+        return gap.largest
 
     def update(self) -> PolicyVersion:
         """Send the trainer's weights, then compare.
@@ -91,39 +103,47 @@ class WeightSync:
         except SyncError as error:
             self._fail(str(error))
         trainer, engine = self._trainer_probe(), self.engine.score(self.probe_ids)
-        difference, at = _largest(trainer, engine)
-        trainer_change = None if self._trainer is None else _largest(trainer, self._trainer)[0]
-        engine_change = None if self._engine is None else _largest(engine, self._engine)[0]
-        self._judge(version, difference, at, trainer_change, engine_change)
+        gap = _compare(trainer, engine)
+        trainer_change = None if self._trainer is None else _compare(trainer, self._trainer).largest
+        engine_change = None if self._engine is None else _compare(engine, self._engine).largest
+        self._judge(version, gap, trainer_change, engine_change)
         cached_difference = self._cached_difference()
         self._trainer, self._engine = trainer, engine
-        self.reports.append(SyncReport(version, difference, cached_difference, trainer_change, engine_change))
+        self.reports.append(
+            SyncReport(version, gap.largest, gap.mean, cached_difference, trainer_change, engine_change)
+        )
         return version
 
     def _judge(
-        self,
-        version: PolicyVersion,
-        difference: float,
-        at: int,
-        trainer_change: float | None,
-        engine_change: float | None,
+        self, version: PolicyVersion, gap: _Gap, trainer_change: float | None, engine_change: float | None
     ) -> None:
         moved = trainer_change is not None and trainer_change > self.tolerance
-        if difference > self.tolerance and engine_change is not None and engine_change < 0.01 * difference:
+        # what did not move at all did not get the weights, however coarse its dtype
+        due = max(0.0 if self._agree(gap) else gap.largest, trainer_change or 0.0)
+        if engine_change is not None and due > _MEAN_SHARE * self.tolerance and engine_change < 0.01 * due:
             self._fail(
-                f"update {version.number} did not reach the engine: it is {difference:.2g} nats away from the trainer and "
-                f"moved by {engine_change:.2g}; it still samples with its old weights"
+                f"update {version.number} did not reach the engine: it should have moved by {due:.2g} nats and moved by "
+                f"{engine_change:.2g}; it still samples with its old weights"
             )
-        if not difference <= self.tolerance:
+        if not self._agree(gap):
             self._fail(
-                f"engine and trainer disagree after update {version.number}: {difference:.2g} nats at probe token "
-                f"{at + 1} (tolerance {self.tolerance:g} for {self.engine.dtype}); the engine holds corrupted weights"
+                f"engine and trainer disagree after update {version.number}: {self._shown(gap)}; "
+                "the engine holds corrupted weights"
             )
         if trainer_change is not None and not moved and (engine_change or 0.0) > 2 * self.tolerance:
             self._fail(
                 f"update {version.number} changed the engine by {engine_change:.2g} nats, and the trainer by "
                 f"{trainer_change:.2g}: the engine got other weights than the trainer's"
             )
+
+    def _agree(self, gap: _Gap) -> bool:
+        return gap.largest <= self.tolerance and gap.mean <= _MEAN_SHARE * self.tolerance
+
+    def _shown(self, gap: _Gap) -> str:
+        return (
+            f"{gap.largest:.2g} nats at probe token {gap.at + 1} and {gap.mean:.2g} on average "
+            f"(tolerance {self.tolerance:g} and {_MEAN_SHARE * self.tolerance:g} for {self.engine.dtype})"
+        )
 
     def _cached_difference(self) -> float:
         """Compare the token the engine generates after the prefix; fail when it comes from old keys and values."""
@@ -186,8 +206,8 @@ def write_probe(engine: BaseEngine, tokens: int = _PROBE_TOKENS) -> tuple[int, .
     return tuple(ids[:wanted])
 
 
-def _largest(one: Sequence[float], other: Sequence[float]) -> tuple[float, int]:
-    """Return the largest difference and where; a NaN counts as infinite."""
+def _compare(one: Sequence[float], other: Sequence[float]) -> _Gap:
+    """Compare two probes; a NaN counts as infinite."""
     differences = [abs(a - b) if a == a and b == b else float("inf") for a, b in zip(one, other, strict=True)]
     largest = max(differences)
-    return largest, differences.index(largest)
+    return _Gap(largest, differences.index(largest), sum(differences) / len(differences))

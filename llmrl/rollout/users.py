@@ -158,10 +158,8 @@ class ChatEndpoint:
         retries: int = 5,
         backoff: float = 1.0,
     ) -> None:
-        try:
-            import httpx2 as httpx  # what huggingface_hub depends on; httpx in its older releases
-        except ModuleNotFoundError:
-            import httpx  # type: ignore[no-redef]
+        import httpx
+
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"expected a URL such as http://127.0.0.1:8000/v1, got {url!r:.80}")
         self.url = f"{url.rstrip('/')}/chat/completions"

@@ -66,11 +66,12 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         """
         tensors = read_weights(Path(update_info.folder))
         expected = checkpoint_shapes(self.model_config)
-        # other names than those on disk (a trainer's own prefix) are left to the count of loaded numbers below
-        if expected is not None and tensors.keys() <= expected.keys():
-            check_names(tensors, expected.keys() - self._tied(), "the weight update")
-            # found out while loading, it would leave a mixture that no later load mends
-            wrong = [name for name, tensor in tensors.items() if list(tensor.shape) != expected[name]]
+        found = {name for name in tensors if not name.startswith(PREFIX)} - self._tied()
+        # none of the names on disk (a trainer's own prefix): left to the count of loaded numbers below
+        if expected is not None and found & expected.keys():
+            # found out while loading, any of this would leave a mixture
+            check_names(found, expected.keys() - self._tied(), "the weight update")
+            wrong = [name for name in found if list(tensors[name].shape) != expected[name]]
             if wrong:
                 got = list(tensors[wrong[0]].shape)
                 raise SyncError(f"wrong shape: {shown(wrong)}; got {got}, the model has {expected[wrong[0]]}")

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -76,6 +77,32 @@ def process():
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def rollout(llmrl, stories_dir):
+    """`rollout(prompts, output, *options, model=..., backend=...)` in this process, one request at a time."""
+
+    def run(prompts, output, *options, model=stories_dir, backend="transformers"):
+        words = ["--model", model, "--prompts", prompts, "--output", output, "--rollout_backend", backend]
+        return llmrl("rollout", *words, "--batch_size", "1", "--max_tokens", "8", *options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory, stories_dir):
+    """The example model with a chat template, which refuses a system role as Gemma's does, and a pad token."""
+    folder = shutil.copytree(stories_dir, tmp_path_factory.mktemp("models") / "chat")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["pad_token"] = "<unk>"
+    settings["chat_template"] = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Once upon a time, ' }}{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def _text(name):

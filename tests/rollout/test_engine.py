@@ -120,7 +120,9 @@ def test_stop_id_ends_an_answer_and_is_part_of_it(engine, text_ids):
     whole = greedy_text(engine, text_ids[0])
     stop = whole.token_ids[5]
     first = whole.token_ids.index(stop)
-    sample = engine.generate([text_ids[0]], SamplingConfig(temperature=0.0, max_tokens=30, stop_token_ids=(stop,)))[0][0]
+    sample = engine.generate([text_ids[0]], SamplingConfig(temperature=0.0, max_tokens=30, stop_token_ids=(stop,)))[0][
+        0
+    ]
     assert sample.token_ids == whole.token_ids[: first + 1]
     assert (sample.finish_reason, sample.stop_reason) == (FinishReason.STOP, stop)
     assert sample.text == engine.tokenizer.decode(sample.token_ids)

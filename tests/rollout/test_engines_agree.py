@@ -145,7 +145,9 @@ def _assert_keeps_head(engine, folder, text_ids, stories_model):
     from engine_support import disturbed
     from transformers import AutoModelForCausalLM
 
-    with_head = AutoModelForCausalLM.from_pretrained(folder).eval()  # the head is in effect here: tests/test_modeling.py
+    with_head = AutoModelForCausalLM.from_pretrained(
+        folder
+    ).eval()  # the head is in effect here: tests/test_modeling.py
     prompt = text_ids[1]
     sample = engine.generate([prompt], SamplingConfig(max_tokens=12, seed=1))[0][0]
     assert_sampled_from(sample, prompt, with_head)

@@ -74,9 +74,7 @@ def test_log_ratios_are_importance_weights():
     drawn_from = (old.double() / t).softmax(-1)
     behaviour = tempered_logprobs(old.expand(6, 6), ids, t)
     policy = tempered_logprobs(new.expand(6, 6), ids, t)
-    log_ratio = log_ratios(
-        policy, behaviour, SamplingConfig(temperature=t), new_temperature=t, behaviour_temperature=t
-    )
+    log_ratio = log_ratios(policy, behaviour, SamplingConfig(temperature=t), new_temperature=t, behaviour_temperature=t)
     wanted = ((new.double() / t).softmax(-1) * values).sum()
     assert abs((drawn_from * log_ratio.double().exp() * values).sum() - wanted) < 1e-5
     assert abs((drawn_from * log_ratio.double().exp()).sum() - 1) < 1e-6

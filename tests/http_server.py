@@ -30,11 +30,11 @@ class Server:
         "--disable-log-stats",
     )
 
-    def __init__(self, command, log, env):
-        self.port, self.log = free_port(), log
+    def __init__(self, command, log, env, *, port=None, options=()):
+        self.port, self.log = port or free_port(), log
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, f"--port={self.port}", *self.OPTIONS],
+                [*command, f"--port={self.port}", *self.OPTIONS, *options],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=env,
@@ -56,6 +56,10 @@ class Server:
         for pid in children:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
 
     def wait_until_healthy(self, timeout=240):
         end = time.monotonic() + timeout
