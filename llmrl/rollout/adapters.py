@@ -128,7 +128,11 @@ def _check_shapes(weights: Path, folder: Path, base: Path | str | None) -> None:
     if base is None:
         return
     of_base: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(base):
+    try:
+        files = weight_files(base)
+    except ModelError:  # a folder that holds only heads: its base lies elsewhere
+        return
+    for file in files:
         with safe_open(str(file), framework="pt") as tensors:
             of_base |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     for name, shape in shapes.items():

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from llmrl.rollout.engine import Request, find_stop
+from llmrl.rollout.engine import Request, cut_answer
 from llmrl.rollout.http import ServerFault
 from llmrl.rollout.protocols import Sample
 from llmrl.types import FinishReason, PolicyVersion
@@ -91,12 +91,11 @@ def read_completion(
     if stopped_by is None and reason == FinishReason.STOP and ids[-1] in request.end_ids:
         stopped_by = ids[-1]
     # never taken from the server: text is what the ids say, the same for every backend
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    cut = find_stop(text, wanted.stop)
+    text, _ = cut_answer(tokenizer, request.token_ids, ids, wanted.stop)
     return Sample(
         token_ids=tuple(ids),
         logprobs=tuple(logprobs),
-        text=text[: cut[0]] if cut else text,
+        text=text,
         finish_reason=reason,
         policy_version=version,
         stop_reason=stopped_by,

@@ -265,10 +265,24 @@ class TransformersEngine(BaseEngine):
             else:
                 model = PeftModel.from_pretrained(model, str(source), adapter_name=name)
         except Exception as error:
-            self.distrust(f"the adapter {source} did not load")
+            if not self._undo_adapter(name):
+                self.distrust(f"the adapter {source} did not load")
             raise ModelError(f"PEFT does not load the adapter {source}: {first_line(error)}") from error
         self._model, self._adapter = model.eval().requires_grad_(False), name
         return PolicyVersion(number, facts.fingerprint)
+
+
+    def _undo_adapter(self, name: str) -> bool:
+        """Take off what a failed load left behind; return whether the model is what it was."""
+        model: Any = self._model
+        if hasattr(model, "disable_adapter"):
+            with suppress(Exception):
+                model.set_adapter(self._adapter)
+                if name in model.peft_config:
+                    model.delete_adapter(name)
+            held = set(model.peft_config)
+            return held == {self._adapter} and list(model.active_adapters) == [self._adapter]
+        return not any(".lora_" in parameter for parameter, _ in model.named_parameters())
 
 
 def _steps(model: Any, rows: list[_Row], stop: Callable[[], bool]) -> Iterator[Tensor]:

@@ -1,11 +1,18 @@
 """Engines for tests: each model is opened once a session, and a test that gives an engine weights puts the old ones back."""
 
 import contextlib
+import functools
 
 import pytest
 from engine_support import SMALL, STORIES, TEXTS, trainer, weights, write_tiny
+from fake_vllm import FakeVllm
+from server_support import on_completion
 
+from llmrl.rollout import server
+from llmrl.rollout.server import ServerEngine
 from llmrl.vllm_compat import vllm_build, why_no_vllm
+
+read_facts_once = functools.cache(server.read_facts)  # one model for all tests of the client
 
 
 def pytest_runtest_setup(item):
@@ -46,7 +53,7 @@ def open_vllm():
             patch.setattr(registry, "_run_in_subprocess", lambda function: function())
 
         def get(folder, **options):
-            key = (str(folder), *sorted(options.items()))
+            key = (str(folder), repr(sorted(options.items())))
             if key not in opened:
                 opened[key] = stack.enter_context(VllmEngine(str(folder), **(SMALL | options)))
             return opened[key]
@@ -112,3 +119,42 @@ def synced_vllm(_synced_engines, stories_model):
     engine = _synced_engines("vllm")
     engine.update(weights(stories_model))
     return engine
+
+
+@pytest.fixture
+def fakes(stories_tokenizer):
+    """Return `fakes(*faults, ...)`: one fake server a fault (None: a good one), stopped at the end."""
+    started = []
+
+    def start(*faults, **options):
+        new = [FakeVllm(stories_tokenizer, **options) for _ in faults]
+        started.extend(new)
+        for fake, fault in zip(new, faults, strict=True):
+            fake.later = on_completion(fault)
+        return new
+
+    start.more = started.append
+    yield start
+    for fake in started:
+        if not fake.stopping.is_set():
+            fake.stop()
+
+
+@pytest.fixture
+def client(stories_dir, tmp_path, monkeypatch):
+    """Return `client(fakes, ...)`: opened while all servers are well; their faults begin after that."""
+    opened = []
+    monkeypatch.setattr(server, "read_facts", read_facts_once)
+
+    def open_on(servers, **options):
+        options = {"retries": 3, "patience": 0.6, "timeout": 20.0, "transfer_dir": tmp_path} | options
+        new = ServerEngine(str(stories_dir), [fake.url for fake in servers], **options)
+        opened.append(new)
+        for fake in servers:
+            fake.seen.clear()
+            fake.fault = fake.later
+        return new
+
+    yield open_on
+    for one in opened:
+        one.close()

@@ -1,97 +1,21 @@
 """The client of several servers against servers that fail in every way; each future settles once, nothing is lost."""
 
-import functools
-import json
-import threading
 import time
 
 import pytest
-import torch
-from fake_vllm import LENGTH, FakeVllm, logprob, next_token
+from fake_vllm import LENGTH, logprob
+from server_support import GREEDY, ask, expected, on_completion, prompts, right, wait_for
 
-from llmrl.errors import EngineError, ModelError, RequestError, SyncError, UsageError
-from llmrl.rollout import server
+from llmrl.errors import EngineError, RequestError, UsageError
 from llmrl.rollout.server import ServerEngine
 from llmrl.types import FinishReason, SamplingConfig
-
-read_facts = functools.cache(server.read_facts)  # one model for all tests
-WEIGHTS = {"one": torch.arange(6.0).reshape(2, 3), "two": torch.ones(4)}
-GREEDY = SamplingConfig(temperature=0, max_tokens=LENGTH, seed=7)
-
-
-@pytest.fixture
-def fakes(stories_tokenizer):
-    """Return `fakes(*faults, ...)`: one fake server a fault (None: a good one), stopped at the end."""
-    started = []
-
-    def start(*faults, **options):
-        new = [FakeVllm(stories_tokenizer, **options) for _ in faults]
-        started.extend(new)
-        for fake, fault in zip(new, faults, strict=True):
-            fake.later = on_completion(fault)
-        return new
-
-    start.more = started.append
-    yield start
-    for fake in started:
-        if not fake.stopping.is_set():
-            fake.stop()
-
-
-def on_completion(fault):
-    return lambda path, body: fault if path == "/v1/completions" else None
-
-
-@pytest.fixture
-def engine(stories_dir, tmp_path, monkeypatch):
-    """Return `engine(fakes, ...)`: opened while all servers are well; their faults begin after that."""
-    opened = []
-    monkeypatch.setattr(server, "read_facts", read_facts)
-
-    def open_on(servers, **options):
-        options = {"retries": 3, "patience": 0.6, "timeout": 20.0, "transfer_dir": tmp_path} | options
-        new = ServerEngine(str(stories_dir), [fake.url for fake in servers], **options)
-        opened.append(new)
-        for fake in servers:
-            fake.seen.clear()
-            fake.fault = fake.later
-        return new
-
-    yield open_on
-    for one in opened:
-        one.close()
-
-
-def expected(prompt, seed, weights="start", count=LENGTH):
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(next_token(ids, seed, weights))
-    return tuple(ids[len(prompt) :])
-
-
-def prompts(count):
-    return [[1, 300 + i % 100, 7, i % 50 + 3] for i in range(count)]
-
-
-def ask(one, count=40, **sampling):
-    """Return the samples of many prompts at once, each with a seed of its own, checked against what is right."""
-    configs = [
-        SamplingConfig(**({"temperature": 1.0, "max_tokens": LENGTH, "seed": i} | sampling)) for i in range(count)
-    ]
-    rows = one.generate(prompts(count), configs)
-    return [row[0] for row in rows]
-
-
-def right(count=40, weights="start"):
-    return [expected(prompt, i, weights) for i, prompt in enumerate(prompts(count))]
-
 
 # one request
 
 
-def test_generate_sends_every_setting_and_reads_the_answer(fakes, engine):
+def test_generate_sends_every_setting_and_reads_the_answer(fakes, client):
     (fake,) = fakes(None)
-    one = engine([fake])
+    one = client([fake])
     sampling = SamplingConfig(
         temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, max_tokens=6, n=3, stop=("x",), stop_token_ids=(9,), seed=4,
         logprobs=2, json_schema={"type": "object"},
@@ -123,9 +47,9 @@ def test_generate_sends_every_setting_and_reads_the_answer(fakes, engine):
     assert one.max_model_len == 64
 
 
-def test_score_and_refusals_that_are_not_sent(fakes, engine):
+def test_score_and_refusals_that_are_not_sent(fakes, client):
     (fake,) = fakes(None)
-    one = engine([fake])
+    one = client([fake])
     ids = [1, 50, 60, 70]
     assert one.score(ids) == pytest.approx([logprob(ids[:i], ids[i]) for i in (1, 2, 3)])
     fake.seen.clear()
@@ -138,9 +62,9 @@ def test_score_and_refusals_that_are_not_sent(fakes, engine):
     assert fake.seen == []
 
 
-def test_request_the_server_refuses_is_not_retried(fakes, engine):
+def test_request_the_server_refuses_is_not_retried(fakes, client):
     a, b = fakes((400, "logprobs of 50\nare too many"), (400, "logprobs of 50\nare too many"))
-    one = engine([a, b])
+    one = client([a, b])
     with pytest.raises(RequestError) as caught:
         one.generate([[1, 2]], GREEDY)
     assert "refused the request (400): logprobs of 50 are too many" in str(caught.value)
@@ -171,11 +95,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_request_goes_to_another_server(name, fakes, engine):
+def test_request_goes_to_another_server(name, fakes, client):
     fault, words = FAULTS[name]
     bad, good = fakes(None, None)
     bad.later = on_completion(fault)
-    one = engine([bad, good])
+    one = client([bad, good])
     samples = ask(one)
     assert [sample.token_ids for sample in samples] == right()
     # every request was answered well once, with its own seed; none was sent to the good server twice
@@ -189,20 +113,20 @@ def test_request_goes_to_another_server(name, fakes, engine):
     assert "finished work is kept, and the same command goes on" in str(caught.value)
 
 
-def test_hanging_server_times_out(fakes, engine):
+def test_hanging_server_times_out(fakes, client):
     bad, good = fakes("hang", None)
-    one = engine([bad, good])
+    one = client([bad, good])
     for member in one._pool.members:
         member.http._timeout = 1.5
     assert [sample.token_ids for sample in ask(one, 8)] == right(8)
     assert "no answer in 1.5 s" in one._pool.members[0].error
 
 
-def test_busy_servers_are_asked_again(fakes, engine):
+def test_busy_servers_are_asked_again(fakes, client):
     (fake,) = fakes(None)
     count = iter(range(100))
     fake.later = lambda path, body: (429, "slow down") if path == "/v1/completions" and next(count) < 3 else None
-    one = engine([fake])
+    one = client([fake])
     assert ask(one, 1)[0].token_ids == right(1)[0]
     assert len(fake.completions()) == 4
     assert one._pool.members[0].up
@@ -212,20 +136,20 @@ def test_busy_servers_are_asked_again(fakes, engine):
         one.generate([[1, 2]], GREEDY)
 
 
-def test_one_request_survives_only_so_many_failures(fakes, engine):
+def test_one_request_survives_only_so_many_failures(fakes, client):
     servers = fakes(*[(500, "poison")] * 3)
-    one = engine(servers, retries=2, patience=10)
+    one = client(servers, retries=2, patience=10)
     with pytest.raises(EngineError, match=r"3 servers in a row failed on one request.*500 poison"):
         one.generate([[1, 2]], GREEDY)
     assert sum(len(fake.completions()) for fake in servers) == 3
 
 
-def test_server_dies_under_load_and_nothing_is_lost_or_doubled(fakes, engine):
+def test_server_dies_under_load_and_nothing_is_lost_or_doubled(fakes, client):
     bad, good = fakes(None, None)
     count = iter(range(10_000))
     bad.later = lambda path, body: None if path != "/v1/completions" else "die" if next(count) == 20 else "slow"
     good.later = on_completion("slow")
-    one = engine([bad, good])
+    one = client([bad, good])
     futures = [one.submit(p, SamplingConfig(max_tokens=LENGTH, seed=i)) for i, p in enumerate(prompts(200))]
     settled = []
     for i, future in enumerate(futures):
@@ -243,11 +167,11 @@ def test_server_dies_under_load_and_nothing_is_lost_or_doubled(fakes, engine):
     assert futures[0].result()[0].token_ids == right(1)[0]
 
 
-def test_server_comes_back_when_healthy(fakes, engine):
+def test_server_comes_back_when_healthy(fakes, client):
     bad, good = fakes(None, None)
     broken = True
     bad.later = lambda path, body: (500, "no") if broken and path in ("/v1/completions", "/health") else None
-    one = engine([bad, good])
+    one = client([bad, good])
     ask(one, 4)
     bad.seen.clear()
     ask(one, 10)
@@ -259,19 +183,19 @@ def test_server_comes_back_when_healthy(fakes, engine):
     assert bad.completions()
 
 
-def test_restarted_server_with_another_model_stays_out(fakes, engine):
+def test_restarted_server_with_another_model_stays_out(fakes, client):
     bad, good = fakes(None, None)
     bad.later = lambda path, body: (404, "The model does not exist") if path == "/v1/completions" else None
-    one = engine([bad, good])
+    one = client([bad, good])
     bad.name = "other"
     assert [sample.token_ids for sample in ask(one, 6)] == right(6)
     wait_for(lambda: "now serves other" in one._pool.members[0].error)
     assert not one._pool.members[0].up
 
 
-def test_load_is_spread_and_hundreds_wait(fakes, engine):
+def test_load_is_spread_and_hundreds_wait(fakes, client):
     servers = fakes("slow", "slow", "slow")
-    one = engine(servers)
+    one = client(servers)
     assert [sample.token_ids for sample in ask(one, 300)] == right(300)
     shares = [len(fake.completions()) for fake in servers]
     assert sum(shares) == 300
@@ -279,9 +203,9 @@ def test_load_is_spread_and_hundreds_wait(fakes, engine):
     assert min(fake.peak for fake in servers) > 20
 
 
-def test_cancel_closes_the_connection(fakes, engine):
+def test_cancel_closes_the_connection(fakes, client):
     (fake,) = fakes("hang")
-    one = engine([fake])
+    one = client([fake])
     future = one.submit([1, 2], GREEDY)
     wait_for(lambda: fake.completions())
     assert future.cancel()
@@ -289,9 +213,9 @@ def test_cancel_closes_the_connection(fakes, engine):
     assert one._pool.members[0].up
 
 
-def test_close_fails_what_is_under_way(fakes, engine):
+def test_close_fails_what_is_under_way(fakes, client):
     (fake,) = fakes("hang")
-    one = engine([fake])
+    one = client([fake])
     futures = [one.submit([1, 2], GREEDY) for _ in range(5)]
     wait_for(lambda: len(fake.completions()) == 5)
     one.close()
@@ -303,16 +227,16 @@ def test_close_fails_what_is_under_way(fakes, engine):
 # opening
 
 
-def test_open_names_the_server_that_is_odd(fakes, engine):
+def test_open_names_the_server_that_is_odd(fakes, client):
     servers = fakes(None, None) + fakes(None, length=32)
     with pytest.raises(EngineError) as caught:
-        engine(servers)
+        client(servers)
     text = str(caught.value)
     assert text.startswith(f"{servers[2].url} serves stories (from /models/stories, 32 tokens of context), but ")
     assert "start all servers with the same model" in text
 
 
-def test_open_refuses_what_cannot_be_used(fakes, engine, stories_dir):
+def test_open_refuses_what_cannot_be_used(fakes, client, stories_dir):
     (fake,) = fakes(None)
     with pytest.raises(UsageError, match="expected the URL of a server"):
         ServerEngine(str(stories_dir), ["localhost:8000"])
@@ -322,250 +246,12 @@ def test_open_refuses_what_cannot_be_used(fakes, engine, stories_dir):
         ServerEngine(str(stories_dir), [])
     fake.processed = True
     with pytest.raises(EngineError, match=r"logprobs after temperature and filters .* without --logprobs-mode"):
-        engine([fake])
+        client([fake])
     fake.processed, fake.tokenizer = False, type("T", (), {"encode": lambda *a, **k: [5]})
     with pytest.raises(EngineError, match="another tokenizer"):
-        engine([fake])
+        client([fake])
     fake.stop()
     with pytest.raises(EngineError) as caught:
-        engine([fake])
+        client([fake])
     assert f"{fake.url} cannot be used: ConnectError" in str(caught.value)
     assert "llmrl serve" in str(caught.value)
-
-
-# new weights
-
-
-def test_update_reaches_all_servers(fakes, engine, tmp_path):
-    servers = fakes(None, None)
-    one = engine(servers, require_sync=True)
-    version = one.update(WEIGHTS)
-    assert version.number == 1
-    assert one.version == version
-    for fake in servers:
-        assert fake.weights == version.fingerprint
-        assert fake.label == f"1-{version.fingerprint}"
-        assert not fake.paused
-        paths = [path for path in fake.paths() if path != "/weight_info"]
-        order = ["/update_weights", "/pause?mode=wait", "/update_weights", "/reset_prefix_cache", "/resume"]
-        found = iter(paths)
-        assert all(path in found for path in order), paths
-    samples = ask(one)
-    assert [sample.token_ids for sample in samples] == right(weights=version.fingerprint)
-    assert {sample.policy_version for sample in samples} == {version}
-    second = one.update({"one": WEIGHTS["one"] + 1, "two": WEIGHTS["two"]})
-    assert second.number == 2
-    assert [path.name for folder in tmp_path.iterdir() for path in folder.iterdir()] == ["version-2"]
-    one.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_update_waits_for_what_is_under_way_and_the_next_waits_for_it(fakes, engine):
-    servers = fakes("slow", "slow")
-    one = engine(servers)
-    before = [one.submit(p, SamplingConfig(max_tokens=LENGTH, seed=i)) for i, p in enumerate(prompts(30))]
-    version = one.update(WEIGHTS)
-    assert all(future.done() for future in before)
-    assert [future.result()[0].token_ids for future in before] == right(30)
-    assert {future.result()[0].policy_version.number for future in before} == {0}
-    assert [sample.token_ids for sample in ask(one, 5)] == right(5, version.fingerprint)
-
-
-def test_update_refused_while_staging_touches_no_server(fakes, engine):
-    a, b = fakes(None, None)
-    one = engine([a, b])
-    message = "Call to collective_rpc method failed: Worker failed with error 'corrupted on the way: x.weight', please check the stack trace above"  # noqa: E501
-    b.fault = lambda path, body: (500, message) if path == "/update_weights" else None
-    with pytest.raises(SyncError) as caught:
-        one.update(WEIGHTS)
-    assert f"{b.url} did not take the update: 500 corrupted on the way: x.weight; no server has taken" in str(
-        caught.value
-    )
-    assert (a.weights, b.weights, a.label, b.label) == ("start", "start", "default", "default")
-    assert one.version.number == 0
-    assert [sample.token_ids for sample in ask(one)] == right()
-    assert a.completions()
-    assert b.completions()
-
-
-@pytest.mark.parametrize("path", ["/update_weights", "/finish_weight_update", "/reset_prefix_cache"])
-@pytest.mark.parametrize("earlier", [0, 1])
-def test_update_that_breaks_off_on_one_server_is_taken_back_on_the_others(path, earlier, fakes, engine, stories_dir):
-    a, b, c = fakes(None, None, None)
-    one = engine([a, b, c])
-    for _ in range(earlier):
-        one.update(WEIGHTS)
-    before, old = one.version, a.weights
-
-    def break_off(asked, body):
-        staged = asked == "/update_weights" and body["update_info"].get("stage")
-        committing = b.label.startswith("loading")
-        return (500, "no memory left") if asked == path and committing and not staged else None
-
-    b.fault = break_off
-    with pytest.raises(SyncError) as caught:
-        one.update({"one": WEIGHTS["one"] + 1, "two": WEIGHTS["two"]})
-    assert f"{b.url} did not take the update: 500 no memory left; restart {b.url}; the others are back" in str(
-        caught.value
-    )
-    assert one.version == before
-    b.fault = lambda path, body: None
-    b.seen.clear()
-    now = old if earlier else a.weights  # start weights are written again from the model's folder
-    assert a.weights == c.weights == now
-    assert a.label == c.label == (f"1-{before.fingerprint}" if earlier else "default")
-    assert [sample.token_ids for sample in ask(one)] == right(weights=now)
-    time.sleep(0.6)  # it is healthy again, but nobody knows what it holds
-    ask(one)
-    assert not b.completions()
-    assert "restart it" in one._pool.report()
-    # the update after it goes to those that are left
-    assert one.update(WEIGHTS | {"two": torch.zeros(4)}).number == before.number + 1
-    assert {sample.policy_version.number for sample in ask(one)} == {before.number + 1}
-
-
-def test_restarted_server_is_never_sampled_from_with_its_start_weights(fakes, engine):
-    a, b = fakes(None, None)
-    one = engine([a, b])
-    version = one.update(WEIGHTS)
-    a.stop()  # between two requests: nobody has noticed yet
-    again = a.restarted()
-    fakes.more(again)
-    again.fault = lambda path, body: (500, "not yet") if path == "/pause?mode=wait" else None
-    assert [sample.token_ids for sample in ask(one)] == right(weights=version.fingerprint)
-    assert again.completions()  # it was asked, and its answers were not believed
-    assert "not yet" in one._pool.report() or "start weights" in one._pool.report()
-    again.label = "default"
-    again.fault = lambda path, body: None
-    wait_for(lambda: not one._pool.report(), 20)
-    assert again.weights == version.fingerprint
-    b.stop()
-    assert [sample.token_ids for sample in ask(one)] == right(weights=version.fingerprint)
-
-
-def test_answer_begun_before_a_server_was_brought_back_is_not_believed(fakes, engine):
-    """The label is right when it is asked for, but the answer was sampled before the weights were."""
-    a, b = fakes(None, None)
-    one = engine([a, b])
-    version = one.update(WEIGHTS)
-    a.weights, a.label = "start", "default"  # as after a restart
-    a.seen.clear()
-    held = threading.Event()
-    a.fault = lambda path, body: (held.wait(10), None)[1] if path == "/weight_info" and not body else None
-    waiting = [one.submit(p, SamplingConfig(max_tokens=LENGTH, seed=i)) for i, p in enumerate(prompts(6))]
-    wait_for(lambda: a.paths().count("/weight_info") == 3)  # half of the answers, sampled and not yet believed
-    one._pool.members[0].epoch += 1  # what bringing it back does
-    a.weights, a.label = version.fingerprint, f"1-{version.fingerprint}"
-    held.set()
-    assert [future.result(10)[0].token_ids for future in waiting] == right(6, version.fingerprint)
-
-
-def test_server_without_updates_is_refused_with_the_command(fakes, engine):
-    (fake,) = fakes(None, sync=False)
-    one = engine([fake])
-    assert ask(one, 2)
-    with pytest.raises(EngineError) as caught:
-        one.update(WEIGHTS)
-    text = str(caught.value)
-    assert f"{fake.url} takes no new weights" in text
-    assert "llmrl serve /models/stories --sync" in text
-    assert "VLLM_SERVER_DEV_MODE=1 vllm serve /models/stories --weight-transfer-config '" in text
-    assert json.loads(text.split("'")[1]) == {"backend": "llmrl_file"}
-    assert ask(one, 2)
-    with pytest.raises(EngineError, match="takes no new weights"):
-        engine([fake], require_sync=True)
-
-
-def test_weights_an_earlier_run_left_are_taken_back(fakes, engine):
-    a, b = fakes(None, None)
-    a.weights, a.label = "trained", "3-abc"
-    b.paused = True
-    one = engine([a, b])
-    assert a.label == "default"
-    assert a.weights != "trained"
-    assert not b.paused
-    one.close()
-    a.label = "loading-4-abc"
-    with pytest.raises(EngineError, match="left a mixture of weights: restart it"):
-        engine([a, b])
-
-
-# adapters
-
-
-def adapter(folder, scale):
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    save_file(
-        {name + "A.weight": torch.ones(2, 64) * scale, name + "B.weight": torch.ones(256, 2)},
-        folder / "adapter_model.safetensors",
-    )
-    return folder
-
-
-def test_adapter_takes_the_place_of_the_one_before(fakes, engine, tmp_path):
-    (tmp_path / "a").mkdir()
-    servers = fakes(None, None)
-    one = engine(servers, adapter=adapter(tmp_path / "a" / "first", 1.0))
-    names = [list(fake.adapters) for fake in servers]
-    assert names[0] == names[1]
-    assert len(names[0]) == 1
-    first = one.version
-    assert first.number == 1
-    samples = ask(one, 6)
-    assert [sample.token_ids for sample in samples] == right(6, "version-1")
-    # the base is asked by its own name, and is another version
-    base = one.generate([[1, 2, 3]], GREEDY, base=True)[0][0]
-    assert base.token_ids == expected([1, 2, 3], 7)
-    assert base.policy_version.number == 0
-    second = one.update(adapter(tmp_path / "a" / "second", 2.0))
-    assert second.number == 2
-    assert second.fingerprint != first.fingerprint
-    assert [len(fake.adapters) for fake in servers] == [1, 1]
-    assert list(servers[0].adapters) != names[0]
-    # one that fails on one server is used by none
-    servers[1].fault = lambda path, body: (500, "rank 64 is too high") if path == "/v1/load_lora_adapter" else None
-    with pytest.raises(
-        SyncError, match=f"{servers[1].url} did not take the update: 500 rank 64 is too high; no server"
-    ):
-        one.update(adapter(tmp_path / "a" / "third", 3.0))
-    assert [len(fake.adapters) for fake in servers] == [1, 1]
-    assert one.version == second
-    assert {sample.token_ids for sample in ask(one, 6)} == set(right(6, "version-2"))
-    with pytest.raises(EngineError, match="samples with an adapter"):
-        one.update(WEIGHTS)
-    with pytest.raises(ModelError, match="has no adapter_config"):
-        one.update(tmp_path)
-
-
-def test_server_that_forgot_the_adapter_gets_it_again(fakes, engine, tmp_path):
-    (tmp_path / "a").mkdir()
-    servers = fakes(None, None)
-    one = engine(servers, adapter=adapter(tmp_path / "a" / "first", 1.0))
-    servers[0].adapters.clear()  # as after a restart: the request is answered with 404
-    assert [sample.token_ids for sample in ask(one)] == right(weights="version-1")
-    wait_for(lambda: servers[0].adapters)
-    wait_for(lambda: one._pool.members[0].up)
-    assert [sample.token_ids for sample in ask(one)] == right(weights="version-1")
-
-
-def test_adapter_on_server_without_means_is_refused(fakes, engine, tmp_path):
-    (fake,) = fakes((404, "Not Found"))
-    fake.later = lambda path, body: (404, "Not Found") if path == "/v1/load_lora_adapter" else None
-    one = engine([fake])
-    (tmp_path / "a").mkdir()
-    with pytest.raises(EngineError) as caught:
-        one.update(adapter(tmp_path / "a" / "first", 1.0))
-    assert "llmrl serve /models/stories --sync --enable-lora" in str(caught.value)
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve /models/stories --enable-lora" in str(caught.value)
-
-
-def wait_for(condition, seconds=8):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
