@@ -119,7 +119,7 @@ class PolicyVersion(Record):
 
 @dataclass(frozen=True)
 class SamplingConfig(Record):
-    """How to sample. Logprobs that come back are those of the untempered, unfiltered distribution.
+    """How to sample. Logprobs that come back are those of the untempered, unfiltered distribution (but see `json_schema`).
 
     `top_k=0`, `top_p=1` and `min_p=0` switch a filter off. `temperature=0` is greedy. `logprobs` is the number of
     alternatives reported beside each sampled token, whose own logprob always comes. Sample 0 of `n` is drawn with `seed`,
@@ -147,11 +147,13 @@ class SamplingConfig(Record):
             self._set(**{name: float(getattr(self, name))})
         for name, least in (("top_k", 0), ("max_tokens", 1), ("n", 1), ("logprobs", 0)):
             self._need_int(name, least)
-        self._need(self.temperature >= 0, "temperature", "a number >= 0 (0 is greedy)")
+        # below, vLLM would sample at 0.01 and say so nowhere
+        self._need(self.temperature == 0 or self.temperature >= 0.01, "temperature", "0 (greedy) or a number >= 0.01")
         self._need(0 < self.top_p <= 1, "top_p", "a number in (0, 1] (1 is off)")
         self._need(0 <= self.min_p <= 1, "min_p", "a number in [0, 1] (0 is off)")
         if self.seed is not None:
             self._need_int("seed")
+            self._need(self.seed < 1 << 63, "seed", "an integer below 2^63")
         self._need(_is_list(self.stop) and all(isinstance(s, str) and s for s in self.stop), "stop", "a list of texts")
         ids = self.stop_token_ids
         self._need(_is_list(ids) and all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", "a list of ids >= 0")

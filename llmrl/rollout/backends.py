@@ -49,7 +49,7 @@ def open_engine(
         rollout_backend: "auto", "transformers", "vllm" or "server". (`ScriptedEngine` is made directly.)
         server_url: Of running vLLM servers, for `server`.
         dtype: "auto" (float32 on a CPU, else as stored), "float32", "bfloat16" or "float16"; a server has its own.
-        max_model_len: A shorter context than the model's own.
+        max_model_len: A shorter context than the model's own, or the server's.
         adapter: Folder of a PEFT LoRA adapter to sample with.
         batch_size: Of the transformers backend.
         options: Further arguments of the backend's class.
@@ -68,7 +68,9 @@ def open_engine(
     if name == "server":
         from llmrl.rollout.server import ServerEngine
 
-        return ServerEngine(model, list(server_url), adapter=adapter, **options)
+        if dtype != "auto":
+            raise UsageError(f"dtype {dtype} with the server backend: a server has its own dtype; leave dtype out")
+        return ServerEngine(model, list(server_url), adapter=adapter, max_model_len=max_model_len, **options)
     if name == "vllm":
         from llmrl.rollout.vllm_engine import VllmEngine
 

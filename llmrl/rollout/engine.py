@@ -40,6 +40,7 @@ class BaseEngine(ABC):
     """A model that samples and scores. Use it as a context manager, or call `close`."""
 
     supports_json_schema = False
+    is_shared = False  # whether other processes may be using, and updating, the same weights
     dtype = "float32"
 
     def __init__(self, tokenizer: Any, *, max_model_len: int, vocab_size: int, end_ids: frozenset[int]) -> None:
@@ -139,6 +140,10 @@ class BaseEngine(ABC):
             Request(ids, replace(one, seed=_sample_seed(sampling.seed, i)), end_ids, base) for i in range(sampling.n)
         ]
 
+    def each(self) -> list[Any]:
+        """Return one view a copy of the model, for checks that must reach every copy: `name`, `score`, `generate`."""
+        return [_Whole(self)]
+
     def check_ids(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         """Return the ids as a tuple; refuse an empty prompt, ids outside of the vocabulary, and an engine not trusted."""
         if self._distrusted is not None:
@@ -164,6 +169,26 @@ class BaseEngine(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class _Whole:
+    """The view of an engine that holds one copy of its model."""
+
+    name = ""
+
+    def __init__(self, engine: BaseEngine) -> None:
+        self._engine = engine
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        return self._engine.score(token_ids)
+
+    def generate(self, prompt: Sequence[int], sampling: SamplingConfig) -> Sample:
+        return self._engine.generate([prompt], sampling)[0][0]
+
+    def cached_tokens(self, prompt: Sequence[int]) -> int | None:
+        """Return how many tokens of a prompt came out of the prefix cache; None where it cannot be told."""
+        ask = getattr(self._engine, "cached_tokens", None)
+        return None if ask is None else ask(prompt)
 
 
 def _sample_seed(seed: int | None, sample: int) -> int | None:

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmrl.errors import EngineError, UsageError
+from llmrl.errors import EngineError, UnansweredError, UsageError
 from llmrl.rollout.chat import Conversation
 from llmrl.rollout.environment import Environment, MakeEnvironment, Step
+from llmrl.rollout.failures import EngineDied, FailureCount
 from llmrl.rollout.protocols import Engine, Sample
 from llmrl.rollout.seeds import derive_seed
 from llmrl.rollout.shards import ShardWriter, Stored, claim_run, export_records, scan_shards
@@ -60,8 +61,8 @@ def run_episodes(
 ) -> EpisodeSummary:
     """Play `samples` episodes a row and append them to the shards in `output`; go on where an earlier run stopped.
 
-    An environment or a request that raises ends its own episode, which is recorded with the error. `export_episodes`
-    makes the data set once all processes are done.
+    An environment or a request that raises ends its own episode, which is recorded with the error; when engines do not
+    answer for several rows one after another, the run ends. `export_episodes` makes the data set when all are done.
 
     Args:
         engine: What the answers are sampled from.
@@ -85,8 +86,9 @@ def run_episodes(
 
     Raises:
         DataError: Two rows have one id, or a row is not JSON.
-        EngineError: The engine died. What is finished is kept, the rest is left to the next run of the same command;
-            the same holds for KeyboardInterrupt.
+        EngineError: `engine` died, or does not answer, or one that the environments ask (a judge, a simulated user)
+            does not. What is finished is kept, the rest is left to the next run of the same command; the same holds
+            for KeyboardInterrupt.
         ModelError: The tokenizer has no chat template.
         OutputError: `output` holds another run, or the disk is full.
         UsageError: An argument is out of range.
@@ -126,11 +128,13 @@ def run_episodes(
                 bar.update()
 
             pairs = ((*pair, rows[position[pair[0]]]) for pair in todo)
+            failures = FailureCount(row_id for (row_id, _), one in stored.items() if one.failed)
             try:
-                abandoned = _play_all(plan, pairs, concurrency, keep, writer.sync)
+                abandoned = _play_all(plan, pairs, concurrency, keep, writer.sync, failures)
             except (EngineError, KeyboardInterrupt) as stopped:
                 finished = f"{resumed + writer.written} of {len(mine)} episodes are finished and kept in {output}"
-                words = f"{finished}; the same command makes the rest"
+                failed = sum(tally.summary(resumed=resumed, abandoned=0).failed.values())
+                words = f"{finished}{f', {failed} of them failed' if failed else ''}; the same command makes the rest"
                 if isinstance(stopped, EngineError):
                     raise EngineError(f"{stopped}\n{words}") from stopped
                 raise KeyboardInterrupt(words) from None
@@ -203,6 +207,7 @@ class _Live(threading.Thread):
         self.turns: tuple[Turn, ...] = ()
         self.steps: tuple[dict[str, Any], ...] = ()
         self.where = "make_environment"
+        self.failure: BaseException | None = None
         self.begun = time.monotonic()
         self._events = events
         self._future: Future[list[Sample]] | None = None
@@ -216,9 +221,10 @@ class _Live(threading.Thread):
         outcome: Episode | EngineError
         try:
             outcome = self.episode(truncated_by=self._play(environments))
-        except EngineError as error:
-            outcome = error
+        except EngineDied as died:
+            outcome = died.error
         except BaseException as error:  # a SystemExit in an environment ends its episode, not the run
+            self.failure = error
             outcome = self.episode(error=f"{self.where}: {type(error).__name__}: {error}")
         limit = self.plan.turn_timeout
         self.deadline = time.monotonic() + (limit if limit < math.inf else _CLOSE_SECONDS)
@@ -301,10 +307,15 @@ class _Live(threading.Thread):
         return "environment" if step.truncated else None if step.done else "max_turns"
 
     def _sample(self, prompt: Sequence[int], seed: int) -> Sample:
-        self._future = self.plan.engine.submit(prompt, replace(self.plan.sampling, seed=seed))
-        if self._claimed:  # the limit passed before there was something to withdraw
-            self._future.cancel()
-        sample = self._future.result()[0]
+        try:
+            self._future = self.plan.engine.submit(prompt, replace(self.plan.sampling, seed=seed))
+            if self._claimed:  # the limit passed before there was something to withdraw
+                self._future.cancel()
+            sample = self._future.result()[0]
+        except UnansweredError:  # the request may be the cause
+            raise
+        except EngineError as error:
+            raise EngineDied(error) from error
         self._future = None
         if self._claimed:
             raise CancelledError
@@ -325,6 +336,7 @@ def _play_all(
     concurrency: int,
     keep: Callable[[Episode, float], None],
     idle: Callable[[], None],
+    failures: FailureCount,
 ) -> int:
     """Play each (row id, sample, row), call `keep` with each episode as it ends; return how many threads were left."""
     events: _Events = queue.SimpleQueue()
@@ -359,6 +371,7 @@ def _play_all(
                 live.discard(one)
             else:
                 keep(outcome, time.monotonic() - one.begun)
+                failures.add(one.row_id, one.failure)
     except (EngineError, KeyboardInterrupt):
         _stop(live)
         _keep_finished(events, keep)

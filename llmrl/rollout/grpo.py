@@ -35,19 +35,18 @@ class EngineRollouts:
         self.engine, self.stop, self.tolerance = engine, tuple(stop), tolerance
         self.sync: WeightSync | None = None
         self._synced_step = -1
-        self._last_call = (
-            -1,
-            0,
-        )  # optimizer step, calls within it: what is sampled does not depend on the steps before
+        # optimizer step, and calls within it: what is sampled does not depend on the steps before
+        self._last_call = (-1, 0)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Sample one answer for each prompt; trl repeats a prompt as often as it wants answers to it."""
         sampling = sampling_of(trainer.args, self.stop)
+        self._check_ends(trainer)
         self._update(trainer)
         step = trainer.state.global_step
         self._last_call = (step, self._last_call[1] + 1 if self._last_call[0] == step else 0)
         rank = trainer.accelerator.process_index
-        ids = [self._encode(prompt) for prompt in prompts]
+        ids = [_encode(prompt, trainer) for prompt in prompts]
         seeds = [derive_seed(trainer.args.seed, rank, *self._last_call, i) for i in range(len(prompts))]
         configs = [SamplingConfig(**{**vars(sampling), "seed": seed}) for seed in seeds]
         samples = [answer[0] for answer in self.engine.generate(ids, configs)]
@@ -60,7 +59,7 @@ class EngineRollouts:
         }
 
     def _update(self, trainer: Any) -> None:
-        if trainer.accelerator.num_processes > 1 and getattr(self.engine, "is_shared", False):
+        if trainer.accelerator.num_processes > 1 and self.engine.is_shared:
             raise DistributedError(
                 "several training processes would each update the same servers; train in one process, or open an engine "
                 "in each (rollout_backend vllm or transformers)"
@@ -77,16 +76,33 @@ class EngineRollouts:
             report = self.sync.reports[-1]
             trainer._metrics["train"]["sync/difference"].append(report.difference)
 
-    def _encode(self, prompt: Any) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self.engine.tokenizer(prompt)["input_ids"])
-        try:
-            messages = [Message.from_json(message) for message in prompt]
-        except (TypeError, DataError) as error:
-            raise DataError(f"prompt: expected text or a list of messages, got {prompt!r:.60} ({error})") from None
-        talk = Conversation(self.engine.tokenizer)
-        talk.add(*messages)
-        return talk.prompt()
+    def _check_ends(self, trainer: Any) -> None:
+        """Refuse to let trl leave out, as cut off, answers that ended otherwise than with the tokenizer's end token."""
+        others = self.engine.end_ids - {_tokenizer(trainer).eos_token_id}
+        if trainer.args.mask_truncated_completions and (self.stop or others):
+            raise ConfigError(
+                "mask_truncated_completions=True would take answers for cut off that end with "
+                f"{'a stop string' if self.stop else f'the tokens {sorted(others)}'}: trl knows the tokenizer's end token "
+                "alone; set it to False"
+            )
+
+
+def _tokenizer(trainer: Any) -> Any:
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+
+
+def _encode(prompt: Any, trainer: Any) -> tuple[int, ...]:
+    """Return the ids the trainer means by a prompt: its own tokenizer, template and template options."""
+    tokenizer = _tokenizer(trainer)
+    if isinstance(prompt, str):
+        return tuple(tokenizer(prompt)["input_ids"])
+    try:
+        messages = [Message.from_json(message) for message in prompt]
+    except (TypeError, DataError) as error:
+        raise DataError(f"prompt: expected text or a list of messages, got {prompt!r:.60} ({error})") from None
+    talk = Conversation(tokenizer, template_options=trainer.args.chat_template_kwargs)
+    talk.add(*messages)
+    return talk.prompt()
 
 
 def sampling_of(args: Any, stop: Sequence[str] = ()) -> SamplingConfig:
@@ -111,6 +127,10 @@ def sampling_of(args: Any, stop: Sequence[str] = ()) -> SamplingConfig:
         raise ConfigError(
             f"off_policy_mask_threshold compares the engine's logprobs, taken at temperature 1, with the trainer's at "
             f"{args.temperature:g}; set temperature=1.0, or off_policy_mask_threshold=None"
+        )
+    if args.generation_kwargs:
+        raise ConfigError(
+            f"generation_kwargs={args.generation_kwargs} would not be used; set the options of GRPOConfig"
         )
     if getattr(args, "use_vllm", False):
         raise ConfigError("use_vllm=True starts trl's own vLLM beside this engine; set it to False")

@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -22,8 +22,9 @@ from llmrl.rollout.engine import settle
 
 _T = TypeVar("_T")
 _BUSY = (429, 503)
-_CONNECTIONS = 512
-_CONNECT_TIMEOUT = 10.0
+_CONNECT_TIMEOUT = HEALTH_TIMEOUT = 10.0
+# how many timeouts a request may take on a server that is healthy: one that never answers this one request ends here
+_LONGEST_WAIT = 10
 # vLLM closes a connection that was idle for 5 s; one that is closed just when it is used again looks like a dead server
 _KEEP_ALIVE = 2.0
 _LONGEST_MESSAGE = 600
@@ -59,7 +60,8 @@ class HttpServer:
 
     Args:
         url: Such as http://127.0.0.1:8000; a path after the port stays in front of every request's.
-        timeout: Seconds to wait for an answer.
+        timeout: Seconds without an answer after which the server is asked for its health. As long as it is healthy the
+            same request goes on waiting, since it may only be queued there; after ten timeouts it is given up.
         api_key: Sent as a bearer token.
     """
 
@@ -70,16 +72,19 @@ class HttpServer:
         self._client = httpx.AsyncClient(
             base_url=self.url,
             headers=headers,
-            limits=httpx.Limits(max_connections=_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE),
+            # how many requests are under way is for the caller to say: one that asks for health must never queue
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE),
             trust_env=False,  # a proxy for the outside world does not lead to servers of ours
         )
 
     async def get(self, path: str, *, timeout: float | None = None) -> Any:
-        """Return the JSON answer to a GET; None when it is empty."""
+        """Return the JSON answer to a GET; None when it is empty. With a `timeout` of its own it waits no longer."""
         return await self._ask("GET", path, None, timeout)
 
     async def post(self, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
         """Return the JSON answer to a POST; None when it is empty, its text when it is none.
+
+        With a `timeout` of its own it waits no longer, however healthy the server is.
 
         Raises:
             ServerFault: No connection, no answer in time, a broken answer, or a status of 500 and more.
@@ -94,14 +99,17 @@ class HttpServer:
             await self._client.aclose()
 
     async def _ask(self, method: str, path: str, body: Any, timeout: float | None) -> Any:
-        seconds = timeout or self._timeout
-        # how long a request waits for a connection is our own doing, not the server's
-        limits = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT), pool=None)
+        connect = min(timeout or self._timeout, _CONNECT_TIMEOUT)
+        limits = httpx.Timeout(timeout, connect=connect)
+
+        def send() -> asyncio.Task[httpx.Response]:
+            return asyncio.ensure_future(self._client.request(method, path, json=body, timeout=limits))
+
         try:
-            answer = await self._client.request(method, path, json=body, timeout=limits)
+            answer = await (send() if timeout is not None else self._patiently(send))
         except httpx.TimeoutException as error:
-            what = "no connection" if isinstance(error, httpx.ConnectTimeout) else "no answer"
-            raise ServerFault(f"{what} in {limits.connect if what == 'no connection' else seconds:g} s") from error
+            unsent = isinstance(error, httpx.ConnectTimeout)
+            raise ServerFault(f"no connection in {connect:g} s" if unsent else f"no answer in {timeout:g} s") from error
         except httpx.HTTPError as error:
             raise ServerFault(f"{type(error).__name__}: {_one_line(str(error)) or 'connection lost'}") from error
         except RuntimeError as error:  # the client was closed in between
@@ -120,6 +128,26 @@ class HttpServer:
             if "json" not in answer.headers.get("content-type", ""):
                 return answer.text
             raise ServerFault(f"answered with what is not JSON: {answer.text!r:.80}") from None
+
+    async def _patiently(self, send: Callable[[], asyncio.Task[httpx.Response]]) -> httpx.Response:
+        """Wait for the answer to one request as long as the server is well: a queue there is not its failure."""
+        task = send()
+        try:
+            for _ in range(_LONGEST_WAIT):
+                done, _ = await asyncio.wait({task}, timeout=self._timeout)
+                unsent = bool(done) and isinstance(task.exception(), httpx.ConnectTimeout)
+                if done and not unsent:
+                    return task.result()
+                what = f"no connection in {_CONNECT_TIMEOUT:g} s" if unsent else f"no answer in {self._timeout:g} s"
+                try:
+                    await self.get("/health", timeout=HEALTH_TIMEOUT)
+                except (ServerFault, ServerBusy, Refusal) as error:
+                    raise ServerFault(f"{what}, and it is not healthy ({error})") from None
+                task = send() if unsent else task
+            raise ServerFault(f"no answer in {_LONGEST_WAIT * self._timeout:g} s, although it is healthy")
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 def check_url(url: str) -> str:
@@ -192,8 +220,14 @@ class LoopThread:
                 raise EngineError("the engine was closed") from None
             raise
 
-    def stop(self, last: Coroutine[Any, Any, None]) -> None:
-        """Cancel what is under way, run `last`, end the thread."""
+    def stop(
+        self,
+        last: Coroutine[Any, Any, None],
+        *,
+        first: Callable[[], Awaitable[None]] | None = None,
+        longest: float = 0.0,
+    ) -> None:
+        """Wait for `first`, which takes at most `longest` seconds; cancel what is under way, run `last`, end the thread."""
         with self._lock:
             if self._closed:
                 last.close()
@@ -201,6 +235,9 @@ class LoopThread:
             self._closed = True
 
         async def end() -> None:
+            if first is not None:
+                with suppress(Exception):
+                    await first()
             me = asyncio.current_task()
             others = [task for task in asyncio.all_tasks() if task is not me]
             for task in others:
@@ -209,7 +246,7 @@ class LoopThread:
             await last
 
         with suppress(Exception):
-            asyncio.run_coroutine_threadsafe(end(), self._loop).result(timeout=30)
+            asyncio.run_coroutine_threadsafe(end(), self._loop).result(timeout=longest + 30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
         if not self._thread.is_alive():

@@ -52,6 +52,8 @@ class RolloutConfig:
             raise UsageError(f"--server_url goes with --rollout_backend server, not with {self.rollout_backend}")
         if self.rollout_backend == "server" and not self.server_url:
             raise UsageError("missing --server_url: where the servers are, e.g. http://127.0.0.1:8000")
+        if self.server_url and self.dtype != "auto":
+            raise UsageError(f"--dtype {self.dtype} with --server_url: a server has its own dtype; leave --dtype out")
         if self.batch_size < 1:
             raise UsageError(f"--batch_size must be at least 1, got {self.batch_size}")
         if self.max_model_len is not None and self.max_model_len < 2:

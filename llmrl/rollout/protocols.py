@@ -6,16 +6,20 @@ from many threads at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from llmrl.errors import RequestError
 from llmrl.types import FinishReason, PolicyVersion, Record, SamplingConfig
 
 if TYPE_CHECKING:
     import torch
+
+NOT_A_NUMBER = "the model gave a logprob that is not a number: weights that this prompt reaches hold NaN or infinity"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Sample(Record):
     """One sampled answer.
 
     `token_ids` holds every sampled token, the end token and the tokens of a stop string included; `logprobs[t]` is the
-    log-probability of token `t` under the untempered, unfiltered distribution; `text` is what the tokens say without
+    log-probability of token `t` under the untempered, unfiltered distribution (under a JSON schema: of what that leaves);
+    `text` is what the tokens say without
     special tokens, cut before the stop string. `stop_reason` is the stop string or the id that ended it.
     `top_logprobs[t]` lists (id, logprob) of the `logprobs` most likely tokens, most likely first, where the sampling
     asked for them.
@@ -48,6 +53,8 @@ class Sample(Record):
             top_logprobs=tuples,
         )
         self._need(len(self.logprobs) == len(self.token_ids), "logprobs", f"{len(self.token_ids)} numbers, one a token")
+        if not all(math.isfinite(logprob) for logprob in self.logprobs):
+            raise RequestError(NOT_A_NUMBER)
 
 
 @runtime_checkable

@@ -1,4 +1,8 @@
-"""`llmrl rollout`: prompts from a file, samples into a file, resumable at any row."""
+"""`llmrl rollout`: prompts from a file, samples into a file, resumable at any row.
+
+Several processes share the rows: `torchrun --nproc_per_node 2 -m -- llmrl.cli rollout ...`, where the `--` keeps torchrun
+from reading `--n` as one of its own options.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,12 @@ import errno
 import json
 import os
 import queue
-import shutil
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,12 +36,14 @@ from llmrl.heads import fingerprint_template, fingerprint_tokenizer
 from llmrl.rollout.adapters import check_adapter
 from llmrl.rollout.backends import choose_backend, open_engine
 from llmrl.rollout.engine import BaseEngine, gather
+from llmrl.rollout.failures import FailureCount
 from llmrl.rollout.model_facts import read_facts
 from llmrl.rollout.options import RolloutConfig
 from llmrl.rollout.prompts import encode_row, read_prompts
 from llmrl.rollout.protocols import Sample
+from llmrl.rollout.run_folder import check_run_folder, lock_run, remove_run
 from llmrl.rollout.seeds import derive_seed
-from llmrl.rollout.shards import Key, ShardWriter, Stored, claim_run, export_records, scan_shards
+from llmrl.rollout.shards import Key, ShardWriter, Stored, claim_run, describe_run, export_records, scan_shards
 from llmrl.training.distributed import (
     barrier,
     is_main_process,
@@ -50,7 +55,6 @@ from llmrl.training.distributed import (
 from llmrl.types import FinishReason, SamplingConfig
 
 _UNDER_WAY = 1024  # rows sent at once: more than any engine's batch, less than memory
-_UNANSWERED = 3  # rows in a row that no server answers: then it is not the rows
 _PATIENCE = timedelta(days=30)  # of one process for the rows of another
 
 _Answer = tuple[int, tuple[int, ...], list[Sample] | BaseException]
@@ -92,6 +96,33 @@ class _Tally:
         return f"{self.rows} rows{failed}{before}: {work}{f' ({ends})' if ends else ''}"
 
 
+@dataclass
+class _Place:
+    """Where a run writes. What lies in `folder` is this run's once it has `begun`: --overwrite begins late."""
+
+    output: Path
+    folder: Path
+    rows: int
+    overwrite: bool
+    begun: bool
+
+    @property
+    def again(self) -> str:
+        return "the same command without --overwrite" if self.overwrite and self.begun else "the same command"
+
+    def kept(self) -> str:
+        """Count on the disk, which knows the rows of all processes."""
+        if not self.begun:
+            return "nothing is replaced yet"
+        done = sum(not one.failed for one in scan_shards(self.folder).values())
+        return f"{done} of {self.rows} rows are finished"
+
+    def goes_on(self) -> str:
+        if not self.begun:
+            return f"{self.kept()}; {self.again} starts anew"
+        return f"{self.kept()} and kept; {self.again} goes on with the rest"
+
+
 def rollout(config: RolloutConfig) -> int:
     """Sample answers to every prompt of a file; return the exit code: 3 when rows failed, else 0.
 
@@ -101,25 +132,30 @@ def rollout(config: RolloutConfig) -> int:
     rows = read_prompts(str(config.prompts))
     output = Path(str(config.output)).expanduser()
     folder = output.with_name(f".{output.name}.run")
-    again = "the same command without --overwrite" if config.overwrite else "the same command"
+    place = _Place(output, folder, len(rows), config.overwrite, begun=not config.overwrite)
     try:
-        return _rollout(config, rows, output, folder, again)
+        _check_output(config, place)
+        with lock_run(folder) if is_main_process() else nullcontext():
+            return _rollout(config, rows, place)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted: {_kept(folder, rows)} and kept; {again} goes on with the rest") from None
-    except UnansweredError as error:
-        raise EngineError(f"{error}\n{_kept(folder, rows)}") from error
+        raise Interrupted(f"interrupted: {place.goes_on()}") from None
     except EngineError as error:
-        raise EngineError(f"{error}\n{_kept(folder, rows)} and kept; {again} goes on with the rest") from error
+        raise EngineError(f"{error}\n{place.goes_on()}") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OutputError(
-            f"disk full while writing {error.filename or folder}: free some space; {again} goes on\n{_kept(folder, rows)}"
+            f"disk full while writing {error.filename or folder}: free some space; {place.again} goes on\n{place.kept()}"
         ) from error
 
 
-def _rollout(config: RolloutConfig, rows: list[dict[str, Any]], output: Path, folder: Path, again: str) -> int:
-    _check_output(config, output, folder)
+def _rollout(config: RolloutConfig, rows: list[dict[str, Any]], place: _Place) -> int:
+    output, folder = place.output, place.folder
+    if is_main_process():
+        check_run_folder(folder)
+    # with its folder it is a run that goes on: rows failed, or it began with --overwrite
+    if output.exists() and not folder.exists() and not config.overwrite:
+        raise OutputError(f"--output {output} exists; --overwrite replaces it")
     facts = read_facts(str(config.model))
     sampling = _sampling(config)
     backend, why = config.rollout_backend, "as asked"
@@ -129,33 +165,40 @@ def _rollout(config: RolloutConfig, rows: list[dict[str, Any]], output: Path, fo
         raise UsageError(
             "--json_schema goes with --rollout_backend vllm or server: transformers cannot constrain answers"
         )
-    adapter = check_adapter(config.adapter, facts.folder).fingerprint if config.adapter else None
-    stored = _claim(
-        folder,
-        rows,
-        config,
-        model=facts.fingerprint,
-        tokenizer=fingerprint_tokenizer(facts.tokenizer),
-        template=fingerprint_template(facts.tokenizer),
-        backend=backend,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        adapter=adapter,
-        seed=config.seed,
-        n=config.n,
-        sampling=sampling.to_json(),
-    )
+    identity = {
+        "model": facts.fingerprint,
+        "tokenizer": fingerprint_tokenizer(facts.tokenizer),
+        "template": fingerprint_template(facts.tokenizer),
+        "backend": backend,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "adapter": check_adapter(config.adapter, facts.folder).fingerprint if config.adapter else None,
+        "seed": config.seed,
+        "n": config.n,
+        "sampling": sampling.to_json(),
+    }
+    stored: dict[Key, Stored] = {}
+    if config.overwrite:
+        describe_run(rows, 1, **identity)  # rows that cannot be a run's must not cost the old work
+    else:
+        stored = _claim(folder, rows, identity)
     left = [i for i, row in enumerate(rows) if (row["id"], 0) not in stored or stored[row["id"], 0].failed]
     todo = left[rank() :: world_size()]
     tally = _Tally(before=len(rows) - len(left))
     if left:
         before = f"; {tally.before} of {len(rows)} rows were done before" if tally.before else ""
         _say(config, f"backend: {backend} ({why}){before}")
-    if todo:
-        # the writer first: that another process is at work on this output is said before a model is loaded
-        with ShardWriter(folder, rank()) as writer, _open(config, backend) as engine:
-            attempts = {key: one.attempt + 1 for key, one in stored.items()}
-            _sample_rows(engine, rows, todo, writer, attempts, sampling, config, tally)
+    with ExitStack() as stack:
+        engine = stack.enter_context(_open(config, backend)) if todo else None
+        if config.overwrite:  # only now: an engine that does not open must not cost the old work
+            barrier()
+            place.begun = True
+            if is_main_process():
+                remove_run(folder)
+            _claim(folder, rows, identity)
+        if engine is not None:
+            writer = stack.enter_context(ShardWriter(folder, rank()))
+            _sample_rows(engine, rows, todo, writer, stored, sampling, config, tally)
     tally.add_up()  # and so every process has written its last row
     if not is_main_process():
         return EXIT_DONE
@@ -164,9 +207,9 @@ def _rollout(config: RolloutConfig, rows: list[dict[str, Any]], output: Path, fo
     _say(config, f"{tally.sentence()}\nwrote {output}")
     if failed:
         raise _FailedRows(
-            f"{failed} of {len(rows)} rows failed, each with its 'error' in {output}; {again} tries them again"
+            f"{failed} of {len(rows)} rows failed, each with its 'error' in {output}; {place.again} tries them again"
         )
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_run(folder)
     return EXIT_DONE
 
 
@@ -182,11 +225,9 @@ def _open(config: RolloutConfig, backend: str) -> BaseEngine:
     )
 
 
-def _claim(folder: Path, rows: list[dict[str, Any]], config: RolloutConfig, **identity: Any) -> dict[Key, Stored]:
+def _claim(folder: Path, rows: list[dict[str, Any]], identity: Mapping[str, Any]) -> dict[Key, Stored]:
     """Make the folder this run's, in all processes; return what an earlier attempt has left in it."""
     if is_main_process():
-        if config.overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
         try:
             claim_run(folder, rows, 1, **identity)
         except OutputError as error:
@@ -218,7 +259,8 @@ def _sampling(config: RolloutConfig) -> SamplingConfig:
         raise DataError(f"{path} is not JSON: {error}") from None
 
 
-def _check_output(config: RolloutConfig, output: Path, folder: Path) -> None:
+def _check_output(config: RolloutConfig, place: _Place) -> None:
+    output = place.output
     if not output.parent.is_dir():
         raise UsageError(f"not found: {output.parent} (the folder of --output)")
     if output.is_dir():
@@ -229,9 +271,6 @@ def _check_output(config: RolloutConfig, output: Path, folder: Path) -> None:
         raise UsageError(f"--output {output} is the file of --prompts; name another one")
     if not os.access(output.parent, os.W_OK):
         raise OutputError(f"cannot write to {output.parent}: choose another --output")
-    # with its folder it is a run that goes on: rows failed, or it began with --overwrite
-    if output.exists() and not folder.exists() and not config.overwrite:
-        raise OutputError(f"--output {output} exists; --overwrite replaces it")
 
 
 def _sample_rows(
@@ -239,7 +278,7 @@ def _sample_rows(
     rows: list[dict[str, Any]],
     todo: list[int],
     writer: ShardWriter,
-    attempts: Mapping[Key, int],
+    stored: Mapping[Key, Stored],
     sampling: SamplingConfig,
     config: RolloutConfig,
     tally: _Tally,
@@ -260,28 +299,35 @@ def _sample_rows(
 
     def keep(i: int, prompt: tuple[int, ...], answer: list[Sample] | BaseException) -> None:
         key = (rows[i]["id"], 0)
-        record = _record(rows[i]["id"], prompt, answer)
-        writer.write(key, record, position=i, failed="error" in record, attempt=attempts.get(key, 0))
+        attempt = stored[key].attempt + 1 if key in stored else 0
+        try:
+            record = _record(key[0], prompt, answer)
+            writer.write(key, record, position=i, failed="error" in record, attempt=attempt)
+        except (DataError, TypeError, ValueError) as error:  # what JSON cannot hold
+            record = _record(key[0], prompt, error)
+            writer.write(key, record, position=i, failed=True, attempt=attempt)
         tally.add(record)
 
     started = time.monotonic()
-    unanswered = 0
+    failures = FailureCount(row_id for (row_id, _), one in stored.items() if one.failed)
+    hand: _Answer | None = None
     bar = tqdm(total=len(todo), desc="rollout", unit="row", disable=not _talks(config), dynamic_ncols=True)
     with bar:
         threading.Thread(target=send_all, daemon=True).start()
         try:
             for _ in todo:
-                one = finished.get()
+                hand, written = None, writer.written
+                hand = finished.get()
                 room.release()
-                unanswered = unanswered + 1 if isinstance(one[2], UnansweredError) else 0
-                if unanswered == _UNANSWERED:  # no single row is the cause
-                    raise one[2]  # type: ignore[misc]
-                keep(*one)
+                keep(*hand)
+                failures.add(rows[hand[0]]["id"], hand[2] if isinstance(hand[2], BaseException) else None)
                 tally.seconds = time.monotonic() - started
                 bar.set_postfix_str(f"{tally.tokens / max(tally.seconds, 1e-9):,.0f} tokens/s", refresh=False)
                 bar.update()
-        except EngineError:
-            with suppress(queue.Empty):  # others may have been finished when it died
+        except (EngineError, KeyboardInterrupt):
+            if hand is not None and writer.written == written:
+                finished.put(hand)
+            with suppress(queue.Empty):  # others may have been finished when it was stopped
                 while True:
                     one = finished.get_nowait()
                     if not isinstance(one[2], EngineError):
@@ -303,13 +349,16 @@ def _send(
     except LlmrlError as error:
         finished.put((i, prompt, error))
         return
-    except Exception as error:  # of a tokenizer or a template
+    except BaseException as error:  # of a tokenizer or a template; a panic of the tokenizers library is no Exception
         finished.put((i, prompt, DataError(f"{type(error).__name__}: {error}")))
         return
 
     def put(done: Future[list[list[Sample]]]) -> None:
-        error = done.exception()
-        finished.put((i, prompt, error if error is not None else [one[0] for one in done.result()]))
+        try:
+            answer: list[Sample] | BaseException = done.exception() or [one[0] for one in done.result()]
+        except BaseException as error:  # withdrawn, or an engine's empty answer
+            answer = EngineError(f"the engine gave no answer ({type(error).__name__})")
+        finished.put((i, prompt, answer))
 
     gather(futures).add_done_callback(put)
 
@@ -332,12 +381,6 @@ def _sample(sample: Sample) -> dict[str, Any]:
     if not sample.top_logprobs:
         del row["top_logprobs"]
     return row
-
-
-def _kept(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """Count on the disk, which knows the rows of all processes."""
-    done = sum(not one.failed for one in scan_shards(folder).values())
-    return f"{done} of {len(rows)} rows are finished"
 
 
 def _talks(config: RolloutConfig) -> bool:

@@ -9,22 +9,31 @@ does not hold up (`server_answers`), and after an update nothing from a server t
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import shutil
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmrl.errors import EngineError, LlmrlError, RequestError
+from llmrl.errors import EngineError, LlmrlError, RequestError, UsageError
 from llmrl.rollout.adapters import check_adapter
 from llmrl.rollout.engine import BaseEngine, Request
 from llmrl.rollout.http import LoopThread, Refusal, ServerBusy, ServerFault
 from llmrl.rollout.model_facts import read_facts
 from llmrl.rollout.protocols import Sample
-from llmrl.rollout.server_answers import completion_body, read_completion, read_score, score_body
+from llmrl.rollout.server_answers import (
+    NOT_A_NUMBER,
+    NOT_IN_JSON,
+    completion_body,
+    read_completion,
+    read_score,
+    score_body,
+)
 from llmrl.rollout.server_pool import Member, Pool
 from llmrl.rollout.server_updates import Held, Updates
 from llmrl.rollout.transfer import TransferFolder
@@ -35,11 +44,14 @@ if TYPE_CHECKING:
     import torch
 
 _T = TypeVar("_T")
-_PROBE = "The quick brown fox, 12 times."
+_PROBE = (
+    "The quick brown fox, 12 times. It ran over the hill to see what the other animals had been doing all day, and they "
+    "told it a long story about the sea, which none of them had ever seen."
+)
 # mean difference in nats: above what precisions differ by between prefill and decoding (0.05 in bfloat16), below what a
 # temperature of 2 does to logprobs (0.5 and more)
 _RAW_TOLERANCE = 0.2
-_PROBE_TOKENS = 16
+_PROBE_TOKENS, _SCORED_TOKENS = 16, 64
 
 
 class ServerEngine(BaseEngine):
@@ -53,19 +65,24 @@ class ServerEngine(BaseEngine):
             vocabulary are used, and its weights when servers have to be put back to the start.
         urls: Of the servers, such as http://127.0.0.1:8000.
         adapter: Folder of a PEFT adapter to start with.
-        timeout: Seconds to wait for one answer.
+        timeout: Seconds without an answer after which a server is asked for its health. One that is healthy is waited for
+            on, as the request may only be queued there; one that leaves a request without an answer for ten times as
+            long has failed. `close` waits as long for weights that are on their way.
         retries: How many failures of servers one request survives.
         patience: Seconds to wait for a server to come back when all are down.
         transfer_dir: Where new weights pass through: a folder all machines share. None takes a private folder in memory
             (/dev/shm) where it fits, which only servers on this machine see.
         require_sync: Refuse servers that cannot take new weights now instead of at the first update.
-        api_key: Sent to the servers as a bearer token.
+        api_key: Sent to the servers as a bearer token; None takes that of the environment variable VLLM_API_KEY.
+        max_model_len: A shorter context than that of the servers.
 
     Raises:
-        EngineError: A server does not answer, or serves something else than the others or than `model`.
+        EngineError: A server does not answer, serves something else than the others or than `model`, or has a shorter
+            context than was asked for.
     """
 
     supports_json_schema = True
+    is_shared = True
 
     def __init__(
         self,
@@ -79,7 +96,10 @@ class ServerEngine(BaseEngine):
         transfer_dir: Path | str | None = None,
         require_sync: bool = False,
         api_key: str | None = None,
+        max_model_len: int | None = None,
     ) -> None:
+        if max_model_len is not None and max_model_len < 1:
+            raise UsageError(f"max_model_len {max_model_len}: expected at least 1 token")
         facts = read_facts(model)
         super().__init__(
             facts.tokenizer, max_model_len=facts.max_model_len, vocab_size=facts.vocab_size, end_ids=facts.end_ids
@@ -89,9 +109,10 @@ class ServerEngine(BaseEngine):
         self._run = secrets.token_hex(3)  # in the names of adapters: those of another run may still be loaded
         self._transfer = TransferFolder(transfer_dir)
         self._updating = threading.Lock()
+        self._change: Future[PolicyVersion] | None = None
         self._loop = LoopThread("llmrl-servers")
         try:
-            self._loop.run(self._connect(urls, timeout, retries, patience, api_key, require_sync))
+            self._loop.run(self._connect(urls, timeout, retries, patience, api_key, require_sync, max_model_len))
             if adapter:
                 self.update(Path(adapter))
         except BaseException:
@@ -108,6 +129,7 @@ class ServerEngine(BaseEngine):
         patience: float,
         api_key: str | None,
         require_sync: bool,
+        max_model_len: int | None,
     ) -> None:
         self._pool = Pool(
             urls, timeout=timeout, retries=retries, patience=patience, api_key=api_key, revive=self._revive
@@ -116,12 +138,19 @@ class ServerEngine(BaseEngine):
         cards = await asyncio.gather(*(_at_open(member, _base_card(member)) for member in members))
         _check_same([member.url for member in members], cards)
         self._card = cards[0]
-        self.served_name, root, self.max_model_len = self._card
+        self.served_name, root, longest = self._card
+        if max_model_len is not None and max_model_len > longest:
+            raise EngineError(
+                f"max_model_len {max_model_len} is more than the {longest} tokens of context at {members[0].url}: ask for "
+                f"less, or start the servers with --max-model-len {max_model_len}"
+            )
+        self.max_model_len = max_model_len or longest
         held = Held(self._version, self._version)
-        self._updates = Updates(self._pool, root, self._folder, held, self._transfer)
+        self._updates = Updates(self._pool, root, self._folder, held, self._transfer, self._probe)
         for member in members:
             await _at_open(member, self._updates.reset(member))
         await asyncio.gather(*(_at_open(member, self._check_member(member)) for member in members))
+        await self._updates.check_same()
         if require_sync:
             for member in members:
                 await self._updates.check_means(member)
@@ -136,7 +165,7 @@ class ServerEngine(BaseEngine):
             found = ids
         if found != ids:
             raise EngineError(f"{member.url} has another tokenizer than {self._folder}: name the model it serves")
-        room = self.max_model_len - 2
+        room = self._card[2] - 2
         ids = ids[: max(1, min(_PROBE_TOKENS, room // 2))]
         sampling = SamplingConfig(temperature=2.0, max_tokens=max(1, min(_PROBE_TOKENS, room - len(ids))), seed=1)
         sample = await self._complete(member, Request(tuple(ids), sampling, frozenset()), self._updates.held)
@@ -150,6 +179,14 @@ class ServerEngine(BaseEngine):
                 "start it without --logprobs-mode"
             )
 
+    async def _probe(self, member: Member, held: Held, seconds: float | None) -> list[float]:
+        ids = self.tokenizer.encode(_PROBE, add_special_tokens=False)[: max(1, min(_SCORED_TOKENS, self._card[2] - 1))]
+        try:
+            body = score_body(ids, self._name(held, False))
+            return read_score(await self._ask(member, body, seconds), ids)
+        except RequestError:
+            return [math.nan] * (len(ids) - 1)
+
     async def _revive(self, member: Member) -> None:
         card = await _base_card(member)
         if (card[0], card[2]) != (self._card[0], self._card[2]):
@@ -158,44 +195,71 @@ class ServerEngine(BaseEngine):
 
     # requests
 
-    def _start(self, request: Request) -> Future[Sample]:
+    def _start(self, request: Request, only: Member | None = None) -> Future[Sample]:
         async def work(member: Member, held: Held) -> Sample:
             return await self._complete(member, request, held)
 
-        return self._loop.submit(self._call(work))
+        return self._loop.submit(self._call(work, only))
 
     def score(self, token_ids: Sequence[int], *, base: bool = False) -> list[float]:
         """Return the log-probability of tokens 1 to T-1 given those before them: `T - 1` numbers in nats."""
+        return self._score(token_ids, base, None)
+
+    def _score(self, token_ids: Sequence[int], base: bool, only: Member | None) -> list[float]:
         ids = self.check_ids(token_ids)
         if len(ids) >= self.max_model_len:
             raise RequestError(f"cannot score {len(ids)} tokens: the context holds {self.max_model_len} with one more")
 
         async def work(member: Member, held: Held) -> list[float]:
             body = score_body(ids, self._name(held, base))
-            scores = read_score(await self._ask(member, body), ids)
-            await self._updates.check_answer(member, held)
-            return scores
+            return await self._believed(member, held, body, lambda answer: read_score(answer, ids))
 
-        return self._loop.run(self._call(work))
+        return self._loop.run(self._call(work, only))
 
-    async def _call(self, work: Callable[[Member, Held], Awaitable[_T]]) -> _T:
+    def each(self) -> list[Any]:
+        """Return one view a server that is up, by its URL: what it is asked goes to that server only.
+
+        Raises:
+            EngineError: None is up, and none comes back.
+        """
+        self._loop.run(self._pool.pick())
+        return [_One(self, member) for member in self._pool.up]
+
+    async def _call(self, work: Callable[[Member, Held], Awaitable[_T]], only: Member | None = None) -> _T:
         async with self._pool.request():
             if self._distrusted is not None:
                 raise EngineError(f"the engine is not used: {self._distrusted}")
             held = self._updates.held  # does not change while a request is under way
-            return await self._pool.call(lambda member: work(member, held))
+            return await self._pool.call(lambda member: work(member, held), only)
 
     async def _complete(self, member: Member, request: Request, held: Held) -> Sample:
-        answer = await self._ask(member, completion_body(request, self._name(held, request.base)))
         version = held.base_version if request.base else held.version
-        sample = read_completion(answer, request, tokenizer=self.tokenizer, vocab_size=self.vocab_size, version=version)
-        await self._updates.check_answer(member, held)
-        return sample
 
-    async def _ask(self, member: Member, body: dict[str, Any]) -> Any:
+        def read(answer: Any) -> Sample:
+            return read_completion(
+                answer, request, tokenizer=self.tokenizer, vocab_size=self.vocab_size, version=version
+            )
+
+        return await self._believed(member, held, completion_body(request, self._name(held, request.base)), read)
+
+    async def _believed(self, member: Member, held: Held, body: dict[str, Any], read: Callable[[Any], _T]) -> _T:
         try:
-            return await member.http.post("/v1/completions", body)
-        except Refusal as refusal:
+            result = read(await self._ask(member, body))
+        except RequestError:  # NaN is the model's own only where the model is the right one
+            await self._updates.check_answer(member, held)
+            raise
+        await self._updates.check_answer(member, held)
+        return result
+
+    async def _ask(self, member: Member, body: dict[str, Any], seconds: float | None = None) -> Any:
+        try:
+            return await member.http.post("/v1/completions", body, timeout=seconds)
+        except (Refusal, ServerFault) as error:
+            if NOT_IN_JSON in str(error):
+                raise RequestError(NOT_A_NUMBER) from None
+            if isinstance(error, ServerFault):
+                raise
+            refusal = error
             if refusal.status == 404:  # not the caller's mistake: the server served it when it was last asked
                 raise ServerFault(f"was restarted and does not know {body['model']} any more") from None
             raise
@@ -215,6 +279,8 @@ class ServerEngine(BaseEngine):
             ModelError: vLLM does not serve such an adapter.
         """
         with self._updating:
+            if self._change is not None:  # of a caller who was interrupted
+                wait([self._change])
             return self._change_adapter(source) if isinstance(source, Path) else self._change_weights(source)
 
     def _change_weights(self, tensors: Mapping[str, torch.Tensor]) -> PolicyVersion:
@@ -241,20 +307,25 @@ class ServerEngine(BaseEngine):
 
         async def run() -> PolicyVersion:
             async with self._pool.update():
-                try:
-                    await change
-                finally:
-                    held = self._updates.held
-                    self._version = held.version
-                    self._transfer.keep_only(*(folder for folder in (held.folder, held.adapter_folder) if folder))
+                await self._pool.whole(keep())
             self.trust()
             return self._version
 
-        return self._loop.submit(run()).result()
+        async def keep() -> None:
+            try:
+                await change
+            finally:
+                held = self._updates.held
+                self._version = held.version
+                self._transfer.keep_only(*(folder for folder in (held.folder, held.adapter_folder) if folder))
+
+        self._change = self._loop.submit(run())
+        return self._change.result()
 
     def close(self) -> None:
-        """Let go of the servers, which run on; requests under way fail."""
-        self._loop.stop(self._let_go())
+        """Let go of the servers, which run on; requests under way fail, an update that has begun comes to its end."""
+        pool: Pool | None = getattr(self, "_pool", None)
+        self._loop.stop(self._let_go(), first=pool.calm if pool else None, longest=pool.timeout if pool else 0.0)
         self._transfer.remove()
 
     async def _let_go(self) -> None:
@@ -265,10 +336,32 @@ class ServerEngine(BaseEngine):
             await self._pool.close()
 
 
+class _One:
+    """The view of one server among several."""
+
+    def __init__(self, engine: ServerEngine, member: Member) -> None:
+        self.name = member.url
+        self._engine, self._member = engine, member
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Return the log-probability of tokens 1 to T-1."""
+        return self._engine._score(token_ids, False, self._member)
+
+    def generate(self, prompt: Sequence[int], sampling: SamplingConfig) -> Sample:
+        """Return one sample."""
+        (request,) = self._engine.requests(prompt, replace(sampling, n=1))
+        return self._engine._start(request, self._member).result()
+
+    def cached_tokens(self, prompt: Sequence[int]) -> None:
+        """Servers do not say how many tokens of a prompt came out of their prefix cache."""
+
+
 async def _at_open(member: Member, work: Awaitable[_T]) -> _T:
     """Name the server in what goes wrong while opening."""
     try:
         return await work
+    except RequestError as error:
+        raise EngineError(f"{member.url} cannot be used: {error}; check its weights") from None
     except LlmrlError:
         raise
     except (ServerFault, ServerBusy, Refusal) as error:

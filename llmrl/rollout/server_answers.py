@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from llmrl.errors import RequestError
 from llmrl.rollout.engine import Request, cut_answer
 from llmrl.rollout.http import ServerFault
 from llmrl.rollout.protocols import Sample
@@ -18,6 +19,8 @@ _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 _ID = "token_id:"
 # a log_softmax may end a rounding error above zero; logits, which some servers report instead, are far above
 _MAX_LOGPROB = 1e-2
+NOT_A_NUMBER = "the model gave a logprob that is not a number for this prompt"
+NOT_IN_JSON = "not JSON compliant"  # what vLLM answers in place of NaN
 
 
 def completion_body(request: Request, model: str) -> dict[str, Any]:
@@ -71,6 +74,7 @@ def read_completion(
 
     Raises:
         ServerFault: The answer is not one to this request; the message says what does not fit.
+        RequestError: A logprob is NaN or infinite, which any server with these weights would answer.
     """
     choice = _choice(answer, request.token_ids)
     wanted = request.sampling
@@ -108,6 +112,7 @@ def read_score(answer: Any, token_ids: Sequence[int]) -> list[float]:
 
     Raises:
         ServerFault: The answer is not one to this request.
+        RequestError: A logprob is NaN or infinite.
     """
     steps = _choice(answer, token_ids).get("prompt_logprobs")
     if not isinstance(steps, list) or len(steps) != len(token_ids):
@@ -143,7 +148,9 @@ def _logprobs(values: Any, count: int) -> list[float]:
         got = len(values) if isinstance(values, list) else "no"
         raise ServerFault(f"answered with {got} logprobs, expected {count}, one a token")
     for value in values:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and not math.isfinite(value):
+            raise RequestError(NOT_A_NUMBER)
         if not number or value > _MAX_LOGPROB:
             raise ServerFault(f"answered with the logprob {value!r}, expected a number of at most 0")
     return [float(value) for value in values]

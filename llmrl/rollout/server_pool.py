@@ -6,23 +6,31 @@ Everything here runs in one event loop, so nothing is locked against threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from llmrl.errors import EngineError, RequestError, UnansweredError, UsageError
-from llmrl.rollout.http import HttpServer, Refusal, ServerBusy, ServerFault
+from llmrl.errors import EngineError, LlmrlError, RequestError, UnansweredError, UsageError
+from llmrl.rollout.http import HEALTH_TIMEOUT, HttpServer, Refusal, ServerBusy, ServerFault
 
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
-_HEALTH_TIMEOUT = 10.0
+_IN_FLIGHT = 512  # requests a server is asked at the same time; more than vLLM computes at once
 RESUME = "finished work is kept, and the same command goes on once a server is back"
+
+
+class _TakenOut(Exception):
+    """The server was taken out before the request was sent to it."""
 
 
 class Member:
     """A server of the pool.
 
-    `in_flight` counts requests it is answering, `faults` those it failed in a row; `error` is why it was taken out.
+    `in_flight` counts requests it is answering and those that wait for one of its `slots`, `faults` those it failed in a
+    row; `error` is why it was taken out. `labelled` says that it carries a label for its weights, so that these can change.
     `epoch` counts how often it was given weights because it did not hold the right ones: an answer that began in an
     earlier epoch was sampled from others.
     """
@@ -32,6 +40,8 @@ class Member:
         self.up = True
         self.in_flight = self.faults = self.epoch = self.turn = 0
         self.error = ""
+        self.labelled = False
+        self.slots = asyncio.Semaphore(_IN_FLIGHT)
 
     @property
     def url(self) -> str:
@@ -44,10 +54,10 @@ class Pool:
 
     Args:
         urls: At least one, each once.
-        timeout: Seconds to wait for one answer.
+        timeout: Seconds without an answer after which a server is asked for its health; see `HttpServer`.
         retries: How many failures of servers one request survives.
         patience: Seconds to wait for a server to come back when all are down.
-        api_key: Sent to each.
+        api_key: Sent to each; None takes that of the environment variable VLLM_API_KEY, as vLLM's servers do.
         revive: Called with a server that is healthy again, before it gets requests; raises when it cannot be used.
     """
 
@@ -63,6 +73,7 @@ class Pool:
     ) -> None:
         if isinstance(urls, str) or not urls:
             raise UsageError("expected a list of at least one server, such as http://127.0.0.1:8000")
+        api_key = api_key or os.environ.get("VLLM_API_KEY")
         self.members = [Member(HttpServer(url, timeout=timeout, api_key=api_key)) for url in urls]
         names = [member.url for member in self.members]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -76,6 +87,7 @@ class Pool:
         self._someone_up.set()
         self._down_since: float | None = None
         self._reviving: set[asyncio.Task[None]] = set()
+        self._whole: set[asyncio.Task[Any]] = set()
         self._turn = 0
         self._open = asyncio.Event()
         self._open.set()
@@ -88,8 +100,8 @@ class Pool:
         """The servers that get requests."""
         return [member for member in self.members if member.up]
 
-    async def call(self, work: Callable[[Member], Awaitable[_T]]) -> _T:
-        """Let servers do `work`, one after the other, until one has done it.
+    async def call(self, work: Callable[[Member], Awaitable[_T]], only: Member | None = None) -> _T:
+        """Let servers do `work`, one after the other, until one has done it; with `only`, that one or none.
 
         Raises:
             RequestError: A server refused the request itself.
@@ -99,12 +111,18 @@ class Pool:
         busy_since: float | None = None
         pauses = 0
         while True:
-            member = await self._pick()
+            member = only or await self.pick()
             try:
+                if only is not None and not only.up:
+                    raise ServerFault(only.error)
                 return await self._once(member, work)
             except Refusal as refusal:
                 raise RequestError(f"{member.url} refused the request ({refusal.status}): {refusal}") from None
+            except _TakenOut:
+                continue
             except ServerFault as fault:
+                if only is not None:
+                    raise EngineError(f"{member.url}: {fault}") from None
                 failures.append(f"{member.url}: {fault}")
                 if len(failures) > self.retries:
                     raise UnansweredError(
@@ -123,9 +141,22 @@ class Pool:
 
     async def _once(self, member: Member, work: Callable[[Member], Awaitable[_T]]) -> _T:
         member.in_flight += 1
+        try:
+            async with member.slots:
+                if not member.up:  # while the request waited for its turn: it was not sent
+                    raise _TakenOut
+                return await self._answered(member, work)
+        finally:
+            member.in_flight -= 1
+
+    async def _answered(self, member: Member, work: Callable[[Member], Awaitable[_T]]) -> _T:
         epoch = member.epoch
         try:
-            answer = await work(member)
+            try:
+                answer = await work(member)
+            except RequestError:
+                if member.epoch == epoch:
+                    raise
             if member.epoch != epoch:  # not a fault of the server as it is now
                 raise ServerFault("was restarted while it answered")
             member.faults = 0
@@ -134,10 +165,13 @@ class Pool:
             if member.epoch == epoch:
                 self.take_out(member, str(fault))
             raise
-        finally:
-            member.in_flight -= 1
 
-    async def _pick(self) -> Member:
+    async def pick(self) -> Member:
+        """Return the server with the fewest requests; wait for one when all are down.
+
+        Raises:
+            EngineError: None came back.
+        """
         while not self.up:
             now = asyncio.get_running_loop().time()
             left = self.patience - (now - (self._down_since if self._down_since is not None else now))
@@ -171,18 +205,20 @@ class Pool:
         task.add_done_callback(self._reviving.discard)
 
     async def _bring_back(self, member: Member) -> None:
-        attempt = member.faults - 1
+        attempt, cause = member.faults - 1, member.error
         while True:
             await asyncio.sleep(_pause(attempt))
             attempt += 1
             with suppress(ServerFault, ServerBusy, Refusal):  # the error it was taken out for says more
-                await member.http.get("/health", timeout=_HEALTH_TIMEOUT)
+                await member.http.get("/health", timeout=HEALTH_TIMEOUT)
                 async with self.changing:
                     try:
                         if self._revive is not None:
                             await self._revive(member)
-                    except (ServerFault, ServerBusy, Refusal) as error:
-                        member.error = str(error)
+                    except Exception as error:  # whatever it is (a full disk, say), it is tried again
+                        known = isinstance(error, ServerFault | ServerBusy | Refusal | LlmrlError)
+                        why = str(error) if known else f"{type(error).__name__}: {error}"
+                        member.error = cause if why in cause else f"{cause}; not taken back: {why}"
                         continue
                     member.up, self._down_since = True, None
                     self._someone_up.set()
@@ -214,6 +250,19 @@ class Pool:
                 yield
         finally:
             self._open.set()
+
+    async def whole(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Do what must not be left half-way: it goes on when its caller is cancelled, and `calm` waits for it."""
+        task = asyncio.ensure_future(work)
+        self._whole.add(task)
+        task.add_done_callback(self._whole.discard)
+        return await asyncio.shield(task)
+
+    async def calm(self) -> None:
+        """Wait for what must not be left half-way, at most the longest time of a request."""
+        if self._whole:
+            _log.warning("new weights are on their way to the servers; closing waits until they have arrived")
+            await asyncio.wait(self._whole, timeout=self.timeout)
 
     async def close(self) -> None:
         """Close all connections."""

@@ -4,6 +4,9 @@ A full update is checked on every server before one parameter is touched, then l
 are put back. vLLM carries a label for its weights (GET /weight_info), "default" after a start. While a server loads, its
 label says so, so that whatever happens a server with half of the weights or with those of its start is told from one that
 can be used. An adapter is loaded under a name of its own for each version: the name in a request is the version.
+
+A label says what a server was told to load. What it computes with is seen in the logprobs of a short text, which must be
+the same on all servers after each change, and on one that comes back before it gets requests.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +35,10 @@ START = "default"  # vLLM's label of the weights it was started with
 _LOADING = "loading-"  # vLLM cannot be told to load again over a load that broke off: the result would be a mixture
 HALF_WAY = "an update broke off on it and left a mixture of weights: restart it"
 _FAILURES = (ServerFault, ServerBusy, Refusal)
+# mean difference in nats of one text on two servers with the same weights: twice what bfloat16 makes it on average between
+# two implementations; two servers of one kind differ by far less
+_SAME = 0.1
+_PROBE_TIMEOUT = 60.0  # of a server that comes back: as long as it is asked, no update can begin
 _log = logging.getLogger(__name__)
 
 
@@ -54,6 +62,9 @@ def how_to_start(model: str, *, adapters: bool = False) -> str:
     return f"start it with: llmrl serve {model} --sync{lora}\nor with: {variables} vllm serve {model}{lora}{backend}"
 
 
+Probe = Callable[[Member, Held, float | None], Awaitable[list[float]]]
+
+
 class Updates:
     """Brings servers from one state to the next.
 
@@ -63,11 +74,16 @@ class Updates:
         model_folder: Folder with the weights they were started with.
         held: What they hold now.
         transfer: Where weights pass through.
+        probe: Returns the logprobs of a short text on a server that holds `Held`, NaN where the model gives none; takes
+            at most so many seconds where a number is given.
     """
 
-    def __init__(self, pool: Pool, model: str, model_folder: Path, held: Held, transfer: TransferFolder) -> None:
+    def __init__(
+        self, pool: Pool, model: str, model_folder: Path, held: Held, transfer: TransferFolder, probe: Probe
+    ) -> None:
         self.pool, self.model, self.held = pool, model, held
-        self._model_folder, self._transfer = model_folder, transfer
+        self._model_folder, self._transfer, self._probe = model_folder, transfer, probe
+        self._right: list[float] | None = None  # the logprobs of a server with the right weights
 
     # one server
 
@@ -101,31 +117,47 @@ class Updates:
 
         A label only goes back by a restart, so it is asked for after the answer.
         """
-        if held.label != START:
+        # one without a label takes no weights from anybody
+        if held.label != START or member.labelled:
             found = await self.label(member)
-            if found == START:
+            if found == START != held.label:
                 raise ServerFault("was restarted and holds its start weights")
             if found != held.label:
                 raise ServerFault(f"holds the weights '{found}', expected '{held.label}': somebody else updates it")
 
     async def restore(self, member: Member) -> None:
         """Give a server that comes back what the others hold, where it does not hold it."""
-        if self.held.label != START or await self._has_labels(member):
+        await self._look_for_label(member)
+        if self.held.label != START or member.labelled:
             found = await self.label(member)
             if found.startswith(_LOADING):
                 raise ServerFault(HALF_WAY)
             if found != self.held.label:
                 # counted before the new weights are in: what it answered until now was sampled from others
                 member.epoch += 1
-                await self._load(member, self._folder_of(self.held), self.held.label)
+                await self.pool.whole(self._load(member, self._folder_of(self.held), self.held.label))
             await self._resume(member)
         if self.held.adapter and self.held.adapter not in await served_names(member):
             member.epoch += 1
             await self._load_adapter(member, self.held.adapter, self.held.adapter_folder)
+        await self._check_right(member, _PROBE_TIMEOUT)
+
+    async def _check_right(self, member: Member, seconds: float | None) -> None:
+        """Refuse a server whose weights are others than its label says."""
+        if self._right is None:
+            return
+        off = _apart(await self._probe(member, self.held, seconds), self._right)
+        if off > _SAME:
+            raise ServerFault(
+                f"gives other logprobs than were seen with the weights '{self.held.label}' (off by {off:.2g} nats): restart "
+                "it with the weights and options of the others",
+                500,
+            )
 
     async def reset(self, member: Member) -> None:
         """Take back what an earlier run left on a server: its weights, or that it is paused."""
-        if not await self._has_labels(member):
+        await self._look_for_label(member)
+        if not member.labelled:
             return
         found = await self.label(member)
         if found.startswith(_LOADING):
@@ -133,7 +165,7 @@ class Updates:
         if found != START:
             _log.warning("%s holds the weights '%s' of an earlier run; loading its start weights", member.url, found)
             await self.check_means(member)
-            await self._load(member, self._folder_of(self.held), START)
+            await self.pool.whole(self._load(member, self._folder_of(self.held), START))
         await self._resume(member)
 
     async def _resume(self, member: Member) -> None:
@@ -141,12 +173,12 @@ class Updates:
         if isinstance(found, dict) and found.get("is_paused"):  # by a client that was killed
             await member.http.post("/resume")
 
-    async def _has_labels(self, member: Member) -> bool:
+    async def _look_for_label(self, member: Member) -> None:
         try:
             await member.http.get("/weight_info")
+            member.labelled = True
         except Refusal:
-            return False
-        return True
+            member.labelled = False
 
     async def _transfer_weights(self, member: Member, info: dict[str, Any], label: str | None) -> None:
         http = member.http
@@ -195,21 +227,34 @@ class Updates:
         failed = await _try_all(members, lambda m: self._load(m, folder, label))
         if failed:
             raise SyncError(await self._put_back(members, failed))
-        self.held = Held(version, version, label, folder)
+        held = Held(version, version, label, folder)
+        right, failed = await self._compare(members, held)
+        if failed:
+            raise SyncError(await self._put_back(members, failed, half_way=False))
+        self.held, self._right = held, right
 
-    async def _put_back(self, members: Sequence[Member], failed: Mapping[Member, Exception]) -> str:
+    async def _put_back(
+        self, members: Sequence[Member], failed: Mapping[Member, Exception], *, half_way: bool = True
+    ) -> str:
         """Load what was held before into the servers that took the new weights; return what to tell the caller.
 
-        A server that broke off is left out until it is restarted, and then gets what the others hold.
+        A server that broke off half-way is left out until it is restarted, and then gets what the others hold; one that
+        took all of it gets that, too, and is checked.
         """
         for member, error in failed.items():
-            self.pool.take_out(member, f"{error}; {HALF_WAY}")
+            self.pool.take_out(member, f"{error}; {HALF_WAY}" if half_way else str(error))
         rest = [member for member in members if member.up]
         folder = self._folder_of(self.held) if rest else Path()
-        again = await _try_all(rest, lambda m: self._load(m, folder, self.held.label))
+
+        async def back(member: Member) -> None:
+            await self._load(member, folder, self.held.label)
+            await self._check_right(member, None)
+
+        again = await _try_all(rest, back)
         for member, error in again.items():
             self.pool.take_out(member, f"{error}; {HALF_WAY}")
-        text = f"{_told(failed)}; restart {', '.join(m.url for m in members if not m.up)}"
+        lost = [member.url for member in members if not member.up and (half_way or member in again)]
+        text = _told(failed) + (f"; restart {', '.join(lost)}" if lost else "")
         if again:
             text += f" (going back failed: {_told(again)})"
         number = self.held.version.number
@@ -237,10 +282,47 @@ class Updates:
                         f"{member.url} takes no adapters ({error})\n{how_to_start(self.model, adapters=True)}"
                     )
             raise SyncError(f"{_told(failed)}; no server uses the new adapter")
+        held = Held(version, self.held.base_version, adapter=name, adapter_folder=folder)
+        right, failed = await self._compare(members, held)
+        if failed:
+            await _try_all(members, lambda m: m.http.post("/v1/unload_lora_adapter", {"lora_name": name}))
+            raise SyncError(f"{_told(failed)}; no server uses the new adapter")
         before = self.held.adapter
-        self.held = Held(version, self.held.base_version, adapter=name, adapter_folder=folder)
+        self.held, self._right = held, right
         if before:
             await self.drop_adapter(before)
+
+    async def check_same(self) -> None:
+        """Refuse servers that compute with different weights under the same name.
+
+        Raises:
+            EngineError: With the ones that are off, or that do not answer.
+        """
+        self._right, failed = await self._compare(self.pool.members, self.held)
+        for member, error in failed.items():
+            raise EngineError(f"{member.url}: {error}; start all servers with the same weights and options")
+
+    async def _compare(self, members: Sequence[Member], held: Held) -> tuple[list[float], dict[Member, Exception]]:
+        """Return the logprobs of the probe with `held`, and the servers that are off; a lost one is taken out, or is off.
+
+        Of several, the server is believed that is nearest to the others.
+        """
+        found: dict[Member, list[float]] = {}
+
+        async def look(member: Member) -> None:
+            found[member] = await self._probe(member, held, None)
+
+        failed = await _try_all(members, look)
+        if not found:
+            return [], failed
+        apart = {one: {other: _apart(found[one], found[other]) for other in found} for one in found}
+        best = min(found, key=lambda one: sum(off > _SAME for off in apart[one].values()))
+        off = {
+            member: ServerFault(f"gives other logprobs than {best.url} (off by {apart[best][member]:.2g} nats)", 500)
+            for member in found
+            if apart[best][member] > _SAME
+        }
+        return found[best], failed | off
 
     async def drop_adapter(self, name: str) -> None:
         """Unload an adapter nobody asks for any more; a server that fails at this loses nothing but memory."""
@@ -264,6 +346,16 @@ class Updates:
         folder = self._transfer.folder(0, sum(tensor.nbytes for tensor in tensors.values()))
         write_weights(folder, tensors)
         return folder
+
+
+def _apart(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the mean difference of two probes; NaN agrees with NaN only."""
+    total = 0.0
+    for a, b in zip(one, other, strict=True):
+        if math.isnan(a) != math.isnan(b):
+            return math.inf
+        total += 0.0 if math.isnan(a) else abs(a - b)
+    return total / max(1, len(one))
 
 
 async def served_names(member: Member) -> list[str]:

@@ -117,6 +117,9 @@ class ShardWriter:
             with suppress(OSError):
                 os.ftruncate(self._fd, self._size)
             raise self._refusal(error) from error
+        except BaseException:  # Ctrl-C in the middle of a line: it must not run into the next one
+            os.ftruncate(self._fd, self._size)
+            raise
         self._size += len(line)
         self.written += 1
         self.sync()
@@ -252,10 +255,8 @@ def claim_run(folder: Path | str, rows: Sequence[Mapping[str, Any]], samples: in
         DataError: A row is not JSON, or two have one id.
         OutputError: The folder holds another run; the message names what differs.
     """
-    ids, digest = _row_ids(rows)
+    ids, mine = describe_run(rows, samples, **identity)
     path = Path(folder) / "run.json"
-    mine = {**identity, "samples": samples, "rows": {"count": len(ids), "hash": digest}}
-    mine = json.loads(json.dumps(to_json(mine), allow_nan=False))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         if any((path.parent / "shards").glob("*.jsonl")):
@@ -268,6 +269,13 @@ def claim_run(folder: Path | str, rows: Sequence[Mapping[str, Any]], samples: in
         words = ", ".join(f"{key} was {theirs.get(key)!r:.60}, is {own.get(key)!r:.60}" for key in differs[:5])
         raise OutputError(f"{path.parent} holds another run: {words}; give the old values, or choose another output")
     return ids
+
+
+def describe_run(rows: Sequence[Mapping[str, Any]], samples: int, **identity: Any) -> tuple[list[str], dict[str, Any]]:
+    """Return the row ids, and what `run.json` says of a run; the arguments and errors are those of `claim_run`."""
+    ids, digest = _row_ids(rows)
+    mine = {**identity, "samples": samples, "rows": {"count": len(ids), "hash": digest}}
+    return ids, json.loads(json.dumps(to_json(mine), allow_nan=False))
 
 
 def _row_ids(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:

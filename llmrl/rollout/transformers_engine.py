@@ -25,7 +25,7 @@ from llmrl.heads import PREFIX
 from llmrl.rollout.adapters import check_adapter
 from llmrl.rollout.engine import BaseEngine, Request, cut_answer, first_line, settle
 from llmrl.rollout.model_facts import read_facts
-from llmrl.rollout.protocols import Sample
+from llmrl.rollout.protocols import NOT_A_NUMBER, Sample
 from llmrl.rollout.weight_files import check_names, digest, fingerprint, shown
 from llmrl.rollout.weights import disk_weights
 from llmrl.types import FinishReason, PolicyVersion, SamplingConfig
@@ -85,7 +85,11 @@ class TransformersEngine(BaseEngine):
         self._thread = threading.Thread(target=self._drive, name="llmrl-transformers", daemon=True)
         self._thread.start()
         if adapter:
-            self.update(Path(adapter))
+            try:
+                self.update(Path(adapter))
+            except BaseException:
+                self.close()
+                raise
 
     def _start(self, request: Request) -> Future[Sample]:
         future: Future[Sample] = Future()
@@ -188,6 +192,11 @@ class TransformersEngine(BaseEngine):
         """Draw one token for a row and see whether it ends it."""
         sampling = row.request.sampling
         logprobs = logits.float().log_softmax(-1)
+        if logprobs.isnan().any():
+            row.done = True
+            row.ids.append(0)  # the batch goes on, and feeds something for this row
+            settle(row.future, error=RequestError(NOT_A_NUMBER))
+            return
         token = draw(logits, sampling, row.generator)
         row.ids.append(token)
         row.logprobs.append(logprobs[token].item())
@@ -270,7 +279,6 @@ class TransformersEngine(BaseEngine):
             raise ModelError(f"PEFT does not load the adapter {source}: {first_line(error)}") from error
         self._model, self._adapter = model.eval().requires_grad_(False), name
         return PolicyVersion(number, facts.fingerprint)
-
 
     def _undo_adapter(self, name: str) -> bool:
         """Take off what a failed load left behind; return whether the model is what it was."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -17,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrl.errors import EngineError, ModelError, RequestError, SyncError
+from llmrl.errors import EngineError, LlmrlError, ModelError, RequestError, SyncError
 from llmrl.rollout.adapters import check_adapter
 from llmrl.rollout.engine import BaseEngine, Request, cut_answer, first_line, settle
 from llmrl.rollout.model_facts import read_facts
 from llmrl.rollout.protocols import Sample
 from llmrl.rollout.transfer import TransferFolder
-from llmrl.rollout.vllm_start import settings_for, start_vllm, usable_build
+from llmrl.rollout.vllm_start import settings_for, start_vllm, stop_vllm, usable_build
 from llmrl.rollout.weight_files import WEIGHTS_TOUCHED, write_weights
 from llmrl.training.distributed import world_size
 from llmrl.types import FinishReason, PolicyVersion
@@ -31,7 +32,7 @@ from llmrl.types import FinishReason, PolicyVersion
 if TYPE_CHECKING:
     import torch
 
-_in_this_process: set[int] = set()  # engines that are open here
+_WATCH_SECONDS = 0.5
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 
 
@@ -100,8 +101,6 @@ class VllmEngine(BaseEngine):
         apart = build != "cpu" or world_size() > 1
         self._own_process = apart if own_process is None else own_process
         self._llm = start_vllm(settings, own_process=self._own_process)
-        if not self._own_process:
-            _in_this_process.add(id(self))
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
         self.max_lora_rank = settings.get("max_lora_rank", 0)
         self._version = self._base_version = PolicyVersion(0, facts.fingerprint)
@@ -116,8 +115,14 @@ class VllmEngine(BaseEngine):
         self._broken: EngineError | None = None
         self._thread = threading.Thread(target=self._drive, name="llmrl-vllm", daemon=True)
         self._thread.start()
+        if self._own_process:
+            threading.Thread(target=self._watch, name="llmrl-vllm-watch", daemon=True).start()
         if adapter:
-            self.update(Path(adapter))
+            try:
+                self.update(Path(adapter))
+            except BaseException:
+                self.close()
+                raise
 
     # what callers ask
 
@@ -218,11 +223,16 @@ class VllmEngine(BaseEngine):
                 settle(update.future, error=self._broken)
             self._fail_all(self._broken)
         finally:
-            _in_this_process.discard(id(self))
-            # in a process vLLM's engines share its process groups, and a shutdown of one takes them from all
-            if self._own_process or not _in_this_process:
-                with suppress(Exception):
-                    engine.engine_core.shutdown()
+            stop_vllm(self._llm)
+
+    def _watch(self) -> None:
+        """Wake the thread when vLLM's process is gone: a killed one says nothing, and vLLM would wait for it forever."""
+        core: Any = self._llm.llm_engine.engine_core
+        while self._thread.is_alive():
+            if core.resources.engine_dead:
+                core.outputs_queue.put_nowait(RuntimeError("its process ended"))
+                return
+            time.sleep(_WATCH_SECONDS)
 
     def _admit(self, job: _Job) -> None:
         from vllm import TokensPrompt
@@ -254,7 +264,7 @@ class VllmEngine(BaseEngine):
             return
         try:
             settle(job.future, job.read(output))
-        except EngineError as error:
+        except LlmrlError as error:  # the model's numbers are no numbers, or its weights not the expected ones
             settle(job.future, error=error)
         except Exception as error:
             settle(job.future, error=EngineError(f"vLLM's answer cannot be read: {type(error).__name__}: {error}"))

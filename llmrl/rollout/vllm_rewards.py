@@ -9,7 +9,7 @@ from typing import Any
 
 from llmrl.errors import DataError, EngineError, RequestError
 from llmrl.rollout.model_facts import read_facts
-from llmrl.rollout.vllm_start import settings_for, start_vllm, usable_build
+from llmrl.rollout.vllm_start import settings_for, start_vllm, stop_vllm, usable_build
 
 
 class VllmRewards:
@@ -71,5 +71,5 @@ class VllmRewards:
         return rows
 
     def close(self) -> None:
-        """Stop vLLM."""
-        self._llm.llm_engine.engine_core.shutdown()
+        """Stop vLLM; other engines in this process run on."""
+        stop_vllm(self._llm)

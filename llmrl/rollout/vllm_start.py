@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from llmrl.errors import EngineError, VersionError
@@ -17,6 +17,7 @@ from llmrl.training.distributed import world_size
 from llmrl.vllm_compat import check_versions, patch_cpu_build, vllm_build, why_no_vllm
 
 _CPU_KV_CACHE_BYTES = 1 << 30
+_in_this_process: list[Any] = []  # that are running
 # what torchrun and accelerate tell a process about the others
 _OF_LAUNCHER = (
     "RANK",
@@ -86,10 +87,16 @@ def start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:
         with _environment(own_process), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of vLLM about its own use of torch
             import vllm
+            from vllm import envs
 
+            # a first engine makes vLLM remember its environment, and this one has another
+            getattr(envs, "disable_envs_cache", lambda: None)()
             if not own_process:
                 patch_cpu_build()
-            return vllm.LLM(**settings)
+            llm = vllm.LLM(**settings)
+            if not own_process:
+                _in_this_process.append(llm)
+            return llm
     except Exception as error:
         hint = (
             "\nllmrl's vLLM plugin is not installed: install llmrl as a package (pip install -e . in a checkout)"
@@ -99,6 +106,18 @@ def start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:
         raise EngineError(f"vLLM does not start with {settings['model']}: {first_line(error)}{hint}") from error
     finally:
         torch.random.set_rng_state(state)
+
+
+def stop_vllm(llm: Any) -> None:
+    """Stop what `start_vllm` started; one that shares this process with others ends with the last of them.
+
+    In one process vLLM's engines share its process groups, and a shutdown of one takes them from all.
+    """
+    mine = [other for other in _in_this_process if other is llm]
+    _in_this_process[:] = [other for other in _in_this_process if other is not llm]
+    if not mine or not _in_this_process:
+        with suppress(Exception):
+            llm.llm_engine.engine_core.shutdown()
 
 
 @contextmanager

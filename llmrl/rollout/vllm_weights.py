@@ -8,6 +8,7 @@ after loading, so the reload goes layer by layer as vLLM's own backends do it.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,10 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from llmrl.errors import ModelError, SyncError
 from llmrl.heads import PREFIX, weight_files
 from llmrl.rollout.weight_files import WEIGHTS_TOUCHED, check_names, read_weights, shown
+from llmrl.rollout.weights import disk_weights
+
+# tables that are computed from the configuration
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 @dataclass
@@ -70,7 +75,10 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         # none of the names on disk (a trainer's own prefix): left to the count of loaded numbers below
         if expected is not None and found & expected.keys():
             # found out while loading, any of this would leave a mixture
-            check_names(found, expected.keys() - self._tied(), "the weight update")
+            wanted = expected.keys() - self._tied()
+            if wanted - found:
+                wanted -= never_trained(wanted, self.model_config)
+            check_names(found, wanted, "the weight update")
             wrong = [name for name in found if list(tensors[name].shape) != expected[name]]
             if wrong:
                 got = list(tensors[wrong[0]].shape)
@@ -126,6 +134,24 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
             elif partial and not isinstance(module, VocabParallelEmbedding):
                 missing.append(f"{name} ({info.load_numel:,} of {info.load_numel_total:,} numbers arrived)")
         return missing
+
+
+def never_trained(names: Set[str], model_config: object) -> set[str]:
+    """Return the names in a checkpoint that belong to no weight of the model, so that no trainer can send them.
+
+    Old files carry tables that are computed today (`rotary_emb.inv_freq`, the causal mask of GPT-2), newer ones layers for
+    speculative decoding (`mtp.*`). What a weight is, is asked of the class in transformers, built without memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(getattr(model_config, "hf_config"))  # noqa: B009
+        known = set(disk_weights(model))
+    except Exception:  # vLLM knows models that transformers does not
+        return {name for name in names if name.endswith(_COMPUTED)}
+    # none in common: the trainer's names have a prefix of their own, and nothing follows from them
+    return {name for name in names if name not in known} if known & names else set()
 
 
 def checkpoint_shapes(model_config: object) -> dict[str, list[int]] | None:

@@ -7,6 +7,7 @@ A folder with llmrl's heads is checked first, so that its heads will be used. Ev
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from llmrl.files import resolve_reference
 from llmrl.heads import check_same_base
 from llmrl.rollout.weight_files import VLLM_BACKEND
 from llmrl.serving.plugin import MARKER_VARIABLE
-from llmrl.serving.workers import PluginError, run_workers, worker_devices
+from llmrl.serving.workers import PluginError, run_workers, shown_command, worker_devices
 from llmrl.vllm_compat import check_versions, vllm_build, why_no_vllm
 
 _HELP = """usage: llmrl serve MODEL [--workers N] [--sync] [option of `vllm serve` ...]
@@ -36,7 +37,10 @@ them.
   --log_dir DIR          one log file a worker (without: lines on stderr, each with its worker's number)
   --sync                 let a trainer change the weights while the server runs; with --enable-lora, adapters too
   --allow_remote_updates with --sync: listen on other addresses than loopback. Whoever reaches the port can then
-                         replace the weights and read the server's configuration: for a closed network only"""
+                         replace the weights and read the server's configuration: for a closed network only
+
+vLLM's --api-key guards its /v1 endpoints only. /pause, /update_weights and the others that --sync opens answer without it,
+so it is no protection for them. The key can be given in the environment variable VLLM_API_KEY, too."""
 
 
 def main(argv: list[str]) -> int:
@@ -103,7 +107,11 @@ def has_heads(folder: Path) -> bool:
 def check_loopback(options: list[str], allow_remote: bool) -> None:
     """Refuse to let other machines change the weights, unless the user said so."""
     host = _value(options, "--host", "127.0.0.1")
-    if not allow_remote and not (host in ("localhost", "::1") or host.startswith("127.")):
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name may lead anywhere
+        local = False
+    if not allow_remote and not local:
         raise UsageError(
             f"--sync with --host {host}: whoever reaches the port could replace the weights\n"
             "leave --host out, or add --allow_remote_updates on a closed network"
@@ -186,21 +194,21 @@ def _names(options: list[str]) -> set[str]:
 
 
 def _value(options: list[str], name: str, default: str) -> str:
-    """Return the value of an option in either spelling, `--name value` or `--name=value`; the last one counts."""
+    """Return the value of an option, `--name value` or `--name=value`, with - or _ in its name; the last one counts."""
     found = default
     for i, option in enumerate(options):
-        if option == name and i + 1 < len(options):
-            found = options[i + 1]
-        elif option.startswith(f"{name}="):
-            found = option.partition("=")[2]
+        given, equals, value = option.partition("=")
+        if given.replace("_", "-") == name and (equals or i + 1 < len(options)):
+            found = value if equals else options[i + 1]
     return found
 
 
 def _without(options: list[str], name: str) -> list[str]:
     kept, skip = [], False
     for option in options:
-        if skip or option == name or option.startswith(f"{name}="):
-            skip = option == name
+        given, equals, _ = option.partition("=")
+        if skip or given.replace("_", "-") == name:
+            skip = not skip and not equals
         else:
             kept.append(option)
     return kept
@@ -237,7 +245,10 @@ def _run_several(model: str, options: list[str], count: int, log_dir: Path | Non
     host = _value(options, "--host", "127.0.0.1")
     if vllm_build() == "cpu" and count > 1:
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all pin themselves to the same cores
-    per_worker = int(_value(options, "--tensor-parallel-size", _value(options, "-tp", "1")))
+    size = _value(options, "--tensor-parallel-size", _value(options, "-tp", "1"))
+    if not size.isdigit() or int(size) < 1:
+        raise UsageError(f"--tensor-parallel-size {size}: expected a number of GPUs, at least 1")
+    per_worker = int(size)
     devices = worker_devices(count, per_worker) if vllm_build() == "cuda" else [None] * count
     rest = _without(options, "--port")
     commands = [server_command(model, [*rest, "--port", str(int(port) + i)]) for i in range(count)]
@@ -251,7 +262,7 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
     with tempfile.TemporaryDirectory(prefix="llmrl-serve-") as scratch:
         marker = Path(scratch) / "plugin-ran"
         environment = {**environment, MARKER_VARIABLE: str(marker)}
-        print("llmrl: " + " ".join(command[1:]), file=sys.stderr, flush=True)
+        print(f"llmrl: {shown_command(command)}", file=sys.stderr, flush=True)
         server = subprocess.Popen(command, env=environment)
 
         stopped_by: list[int] = []

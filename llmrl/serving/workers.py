@@ -26,6 +26,10 @@ _GRACE = 3.0  # for what the server itself started
 _TAIL = 5
 
 
+_SECRET = {"key", "keys", "token", "secret", "password"}
+_SHORTENED = ("--api-key", "--hf-token")  # argparse takes the first letters for an option
+
+
 class PluginError(LlmrlError):
     """vLLM would start without llmrl's plugin, hence without the heads."""
 
@@ -129,7 +133,7 @@ def run_workers(
         try:
             for i, (command, environment, url) in enumerate(zip(commands, environments, urls, strict=True)):
                 log = _open_log(stack, log_dir, i)
-                print(f"llmrl: worker {i}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+                print(f"llmrl: worker {i}: {shown_command(command)}", file=sys.stderr, flush=True)
                 workers.append(Worker(i, command, environment, url, log, scratch / f"plugin-ran-{i}"))
             return _watch(workers, stopped_by)
         finally:
@@ -170,6 +174,23 @@ def _open_log(stack: ExitStack, log_dir: Path | None, number: int) -> IO[bytes] 
         return None
     log_dir.mkdir(parents=True, exist_ok=True)
     return stack.enter_context((log_dir / f"worker-{number}.log").open("wb"))
+
+
+def shown_command(command: Sequence[str]) -> str:
+    """Return a command line for the log: without the interpreter, and with *** for every key and token."""
+    shown, hidden = [], False
+    for word in command[1:]:
+        if not word.startswith("-"):
+            shown.append("***" if hidden else word)
+            continue
+        name, equals, _ = word.partition("=")
+        plain = name.replace("_", "-")
+        hidden = bool(_SECRET & set(plain.replace(".", "-").split("-"))) or (
+            len(plain) > 5 and any(full.startswith(plain) for full in _SHORTENED)
+        )
+        shown.append(f"{name}=***" if hidden and equals else word)
+        hidden = hidden and not equals
+    return " ".join(shown)
 
 
 def worker_devices(count: int, per_worker: int) -> list[str]:

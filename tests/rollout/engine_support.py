@@ -22,12 +22,14 @@ _SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-# a projection of its own for the output; biases; norms of queries and keys; soft caps and tied embeddings
+# a projection of its own for the output; biases; norms of queries and keys; soft caps and tied embeddings; experts, which
+# transformers stacks into other tensors than those on disk
 _FAMILIES = {
     "untied": ("LlamaForCausalLM", {"tie_word_embeddings": False}),
     "biased": ("Qwen2ForCausalLM", {"tie_word_embeddings": False}),
     "qknorm": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
     "softcap": ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 32, "final_logit_softcapping": 8.0}),
+    "experts": ("Qwen3MoeForCausalLM", {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}),
 }
 
 

@@ -50,10 +50,10 @@ def adapters(tmp_path_factory):
 @pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def lora_engine(request, open_vllm):
     if request.param == "vllm":
-        return open_vllm(STORIES, max_lora_rank=12)
-    engine = TransformersEngine(str(STORIES))
-    request.addfinalizer(engine.close)
-    return engine
+        yield open_vllm(STORIES, max_lora_rank=12)
+    else:
+        with TransformersEngine(str(STORIES)) as engine:
+            yield engine
 
 
 def assert_holds(engine, model, base):
@@ -135,7 +135,7 @@ def test_vllm_engine_refuses_a_rank_it_has_no_buffers_for(adapters, open_vllm, t
     engine = open_vllm(STORIES, max_lora_rank=12)
     with pytest.raises(ModelError, match="has rank 32, the engine was opened with max_lora_rank=16"):
         engine.update(saved(lora(r=32), tmp_path / "wide"))
-    with pytest.raises(EngineError, match="opened for adapters.*open it without to give it weights"):
+    with pytest.raises(EngineError, match=r"opened for adapters.*open it without to give it weights"):
         engine.update(weights(trainer(STORIES)))
 
 

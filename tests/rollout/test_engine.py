@@ -210,7 +210,7 @@ def test_close_fails_what_is_under_way(backend, text_ids):
 def test_transformers_engine_reports_an_error_of_the_model(stories_tokenizer, monkeypatch):
     with TransformersEngine(str(STORIES)) as engine:
         monkeypatch.setattr(engine._model, "forward", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken op")))
-        with pytest.raises(EngineError, match="transformers failed while generating.*broken op"):
+        with pytest.raises(EngineError, match=r"transformers failed while generating.*broken op"):
             engine.generate([[1]], GREEDY)
         monkeypatch.undo()
         assert len(engine.generate([[1]], GREEDY)[0][0].token_ids) > 0

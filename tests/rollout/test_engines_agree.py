@@ -60,6 +60,13 @@ def test_transformers_engine_agrees_with_a_plain_forward(model_folder, expected)
         assert_agrees(alone, expected)
 
 
+def test_transformers_engine_agrees_where_positions_are_learned(tiny_model, text_ids):
+    """Rotary positions forgive a shift of a whole row, GPT-2's do not."""
+    model = trainer(tiny_model("gpt2")).eval()
+    with TransformersEngine(str(tiny_model("gpt2"))) as engine:
+        assert_agrees(engine, [(prompt, greedy(model, prompt, {2}), model) for prompt in text_ids])
+
+
 @pytest.mark.vllm
 def test_vllm_engine_agrees_with_a_plain_forward(model_folder, expected, open_vllm):
     assert_agrees(open_vllm(model_folder), expected)

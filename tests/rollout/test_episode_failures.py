@@ -1,4 +1,4 @@
-"""Failures, dead engines, full disks, and the same bytes however a run was cut into pieces."""
+"""Failures, full disks, and the same bytes however a run was cut into pieces."""
 
 import errno
 import os
@@ -6,18 +6,16 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from episode_support import Base, answers, completion_order, episodes, exported, lines_in, rows
-from episodes_run import ROWS, ByteTokenizer, Game, play, say
+from episodes_run import ROWS, ByteTokenizer, Game, play
 
-from llmrl.errors import EngineError, ModelError, OutputError, RequestError, UsageError
+from llmrl.errors import ModelError, OutputError, RequestError, UsageError
 from llmrl.rollout.environment import Step
 from llmrl.rollout.episodes import export_episodes
-from llmrl.rollout.shards import ShardWriter
 from llmrl.types import Message, SamplingConfig
 
 SCRIPT = Path(__file__).with_name("episodes_run.py")
@@ -124,71 +122,6 @@ def test_newest_failure_is_the_one_that_is_kept_whoever_tried(tmp_path):
     play(tmp_path, rows(2), fails("first"), rank=1, world=2)
     play(tmp_path, rows(2), fails("second"))
     assert [e.error for e in episodes(tmp_path).values()] == ["make_environment: ValueError: second"] * 2
-
-
-def test_dead_engine_stops_the_run_and_the_same_command_makes_the_rest(tmp_path):
-    count, lock = 0, threading.Lock()
-
-    def dies(request):
-        nonlocal count
-        with lock:
-            count += 1
-            if count > 20:
-                raise EngineError("the server at :8000 is gone")
-        return say(request)
-
-    with pytest.raises(EngineError, match=r"the server at :8000 is gone\n\d+ of 36 episodes are finished") as death:
-        play(tmp_path / "cut", script=dies, samples=3, concurrency=4)
-    assert "the same command makes the rest" in str(death.value)
-    kept = int(str(death.value).split("\n")[1].split()[0])
-    found = episodes(tmp_path / "cut")
-    assert 0 < kept == len(found) < 36
-    assert all(episode.error is None or "no such move" in episode.error for episode in found.values())
-    assert play(tmp_path / "cut", samples=3).resumed >= kept - 3  # those of r7 failed, and are tried again
-    play(tmp_path / "whole", samples=3)
-    assert exported(tmp_path / "cut") == exported(tmp_path / "whole")
-
-
-def test_episodes_that_end_while_the_engine_dies_are_kept(tmp_path, monkeypatch):
-    dead, closed, write = threading.Event(), [], ShardWriter.write
-
-    def slow(self, key, *args, **options):  # the loop is busy with r1 while r0 finds the engine dead and the others end
-        if key[0] == "r1":
-            while len(closed) < 4:
-                time.sleep(0.01)
-        write(self, key, *args, **options)
-
-    class Ends(Base):
-        turns = 1
-
-        def step(self, answer):
-            if self.row["id"] == "r0":
-                while "r1" not in closed:
-                    time.sleep(0.01)
-                dead.set()
-                raise EngineError("gone")
-            if self.row["id"] != "r1":
-                assert dead.wait(10)
-                time.sleep(0.2)
-            return super().step(answer)
-
-        def close(self):
-            closed.append(self.row["id"])
-
-    monkeypatch.setattr(ShardWriter, "write", slow)
-    with pytest.raises(EngineError, match="3 of 4 episodes are finished"):
-        play(tmp_path, rows(4), Ends)
-    assert set(episodes(tmp_path)) == {("r1", 0), ("r2", 0), ("r3", 0)}
-
-
-def test_dead_engine_of_an_environment_stops_the_run(tmp_path):
-    class Judge(Base):
-        def step(self, answer):
-            raise EngineError("the judge is gone")
-
-    with pytest.raises(EngineError, match="the judge is gone"):
-        play(tmp_path, rows(3), Judge)
-    assert episodes(tmp_path) == {}
 
 
 def test_interrupt_keeps_what_is_finished_and_closes_environments(tmp_path):

@@ -40,6 +40,7 @@ def test_tempered_logprobs_refuse_a_temperature_that_is_not_positive(temperature
         ({"top_k": 5}, "set top_k=0"),
         ({"min_p": 0.1}, "set min_p=0"),
         ({"temperature": 0.0}, "set temperature=1"),
+        ({"json_schema": {"type": "object"}}, "set json_schema=None"),
         ({"top_p": 0.9, "min_p": 0.1}, "set top_p=1, min_p=0"),
     ],
     ids=str,

@@ -7,7 +7,17 @@ import time
 import psutil
 import pytest
 import torch
-from engine_support import SMALL, STORIES, assert_sampled_from, disturbed, train, trainer, weights
+from engine_support import (
+    SMALL,
+    STORIES,
+    assert_sampled_from,
+    disturbed,
+    largest,
+    token_logprobs,
+    train,
+    trainer,
+    weights,
+)
 
 from llmrl.errors import EngineError, ModelError, RequestError, SyncError
 from llmrl.rollout.sync import WeightSync
@@ -26,9 +36,9 @@ SHORT = SamplingConfig(max_tokens=4, temperature=0.0)
 
 
 def test_json_schema_constrains_the_answer(open_vllm, stories_model, text_ids):
-    """The model has never seen JSON; its own distribution is still what the logprobs are of."""
+    """The model has never seen JSON. Logprobs are those among the tokens that are allowed, hence larger than its own."""
     # left free, it writes line breaks to the end of the context
-    engine = open_vllm(STORIES, structured_outputs_config={"disable_any_whitespace": True})
+    engine = open_vllm(STORIES, structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True})
     sampling = SamplingConfig(max_tokens=120, json_schema=SCHEMA, seed=1, n=3)
     answers = engine.generate([text_ids[0], text_ids[1]], [sampling, SHORT])
     finished = [sample for sample in answers[0] if sample.finish_reason == FinishReason.STOP]
@@ -39,7 +49,9 @@ def test_json_schema_constrains_the_answer(open_vllm, stories_model, text_ids):
         assert value["kind"] in ("cat", "dog")
         assert sample.token_ids[-1] in engine.end_ids
     for sample in answers[0]:
-        assert_sampled_from(sample, text_ids[0], stories_model)
+        own = token_logprobs(stories_model, [*text_ids[0], *sample.token_ids])[len(text_ids[0]) - 1 :]
+        assert all(found > raw - 1e-3 for found, raw in zip(sample.logprobs, own, strict=True))
+        assert sum(sample.logprobs) > sum(own) + 1
     assert_sampled_from(answers[1][0], text_ids[1], stories_model)
 
 
@@ -49,7 +61,7 @@ def test_json_schema_that_is_none_fails_alone(stories_vllm, text_ids):
     with pytest.raises(RequestError, match="vLLM refused the request"):
         stories_vllm.submit(text_ids[0], SamplingConfig(json_schema={"type": "nonsense"})).result(timeout=60)
     assert len(other.result(timeout=120)) == 4
-    with pytest.raises(RequestError, match="vLLM refused the request.*logprobs"):
+    with pytest.raises(RequestError, match=r"vLLM refused the request.*logprobs"):
         stories_vllm.submit(text_ids[0], SamplingConfig(logprobs=400)).result(timeout=60)
     assert len(stories_vllm.generate([text_ids[0]], SHORT)[0][0].token_ids) == 4
 
@@ -79,8 +91,6 @@ def test_cancel_frees_the_request_in_vllm(stories_vllm, text_ids):
 
 
 def test_score_does_not_come_from_the_prefix_cache(stories_vllm, stories_model, text_ids):
-    from engine_support import largest, token_logprobs
-
     ids = (text_ids[1] * 20)[:400]
     first = stories_vllm.score(ids)
     assert stories_vllm.cached_tokens(ids) >= 256
@@ -162,6 +172,9 @@ def test_engine_in_a_process_of_its_own(text_ids, stories_model):
     with VllmEngine(str(STORIES), own_process=True, **SMALL) as engine:
         core = set(psutil.Process().children(recursive=True)) - before
         assert core
+        assert not hasattr(
+            engine._llm.llm_engine.engine_core, "engine_core"
+        )  # an engine before it here leaves no trace
         sample = engine.generate([text_ids[0]], SamplingConfig(max_tokens=8, seed=1))[0][0]
         assert_sampled_from(sample, text_ids[0], stories_model)
         model = trainer(STORIES)
@@ -191,7 +204,7 @@ def test_engine_in_a_process_of_its_own(text_ids, stories_model):
 def test_vllm_engine_says_why_it_does_not_start(tmp_path):
     from llmrl.rollout.vllm_engine import VllmEngine
 
-    with pytest.raises(EngineError, match="vLLM does not start with .*stories260k: "):
+    with pytest.raises(EngineError, match=r"vLLM does not start with .*stories260k: "):
         VllmEngine(str(STORIES), **SMALL, max_num_batched_tokens=-5)
     with pytest.raises(ModelError, match="max_model_len 1000 is more than the 512 positions"):
         VllmEngine(str(STORIES), max_model_len=1000)

@@ -62,3 +62,13 @@ def test_vllm_rewards_refuses_an_empty_and_a_long_text(rewards):
         rewards.scores(["fine", ""])
     with pytest.raises(DataError, match=r"text 0 has 6\d\d tokens, expected 1 to 512"):
         rewards.scores(["a " * 600])
+
+
+def test_vllm_rewards_and_an_engine_close_one_by_one(folder, open_vllm):
+    from llmrl.rollout.vllm_rewards import VllmRewards
+    from llmrl.types import SamplingConfig
+
+    engine = open_vllm(STORIES)
+    second = VllmRewards(str(folder), kv_cache_memory_bytes=64 << 20, max_num_seqs=8)
+    second.close()
+    assert len(engine.generate([[1, 403]], SamplingConfig(max_tokens=2))[0][0].token_ids) == 2
