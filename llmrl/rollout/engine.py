@@ -50,6 +50,7 @@ class BaseEngine(ABC):
         self.end_ids = end_ids
         self._version = PolicyVersion(0, "unknown")
         self._distrusted: str | None = None
+        self._special: frozenset[str] | None = None
 
     @property
     def takes_adapters(self) -> bool:
@@ -134,11 +135,21 @@ class BaseEngine(ABC):
         beyond = [token for token in sampling.stop_token_ids if token >= self.vocab_size]
         if beyond:
             raise RequestError(f"stop_token_ids {beyond} are not in the vocabulary of {self.vocab_size} tokens")
+        special = [word for word in sampling.stop if word in self._special_tokens()]
+        if special:
+            raise RequestError(
+                f"stop {special}: special tokens are not part of the text that is searched; give their ids as stop_token_ids"
+            )
         end_ids = self.end_ids | set(sampling.stop_token_ids)
         one = replace(sampling, n=1, max_tokens=min(sampling.max_tokens, room))
         return [
             Request(ids, replace(one, seed=_sample_seed(sampling.seed, i)), end_ids, base) for i in range(sampling.n)
         ]
+
+    def _special_tokens(self) -> frozenset[str]:
+        if self._special is None:
+            self._special = frozenset(getattr(self.tokenizer, "all_special_tokens", ()))
+        return self._special
 
     def each(self) -> list[Any]:
         """Return one view a copy of the model, for checks that must reach every copy: `name`, `score`, `generate`."""

@@ -29,6 +29,8 @@ class ModelFacts:
     end_ids: frozenset[int]
     fingerprint: str
     architecture: str
+    dtype: str | None = None  # that the checkpoint is stored in, where its configuration says so
+    cached_numbers: int = 0  # that a KV cache holds for each token; 0 where the configuration does not say
 
 
 def read_facts(model: str, *, revision: str | None = None, max_model_len: int | None = None) -> ModelFacts:
@@ -66,7 +68,15 @@ def read_facts(model: str, *, revision: str | None = None, max_model_len: int | 
         end_ids=end_token_ids(folder, tokenizer),
         fingerprint=_fingerprint(folder),
         architecture=(config.architectures or [type(config).__name__])[0],
+        cached_numbers=_cached_numbers(config),
+        dtype=None if config.dtype is None else str(config.dtype).removeprefix("torch."),
     )
+
+
+def _cached_numbers(config: Any) -> int:
+    layers, heads = getattr(config, "num_hidden_layers", 0) or 0, getattr(config, "num_attention_heads", 0) or 0
+    width = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) or 0) // max(heads, 1)
+    return 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * width
 
 
 def _fingerprint(folder: Path) -> str:

@@ -104,7 +104,7 @@ class Syncable(Protocol):
         """The weights it samples with now."""
         ...
 
-    def update(self, source: Mapping[str, torch.Tensor] | Path) -> PolicyVersion:
+    def update(self, source: Mapping[str, torch.Tensor] | Path | str) -> PolicyVersion:
         """Take new weights and return their version; samples that are under way finish with the old ones first.
 
         Args:

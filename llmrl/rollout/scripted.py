@@ -62,7 +62,7 @@ class ScriptedEngine(BaseEngine):
         """Return numbers that depend on the tokens up to each one and on nothing else."""
         return _logprobs(self.check_ids(token_ids))
 
-    def update(self, source: Mapping[str, Any] | Path) -> PolicyVersion:
+    def update(self, source: Mapping[str, Any] | Path | str) -> PolicyVersion:
         """Count a version; what it answers stays the script's business."""
         number = self._version.number + 1
         self._version = PolicyVersion(number, f"scripted-{number}")

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -269,7 +269,7 @@ class ServerEngine(BaseEngine):
 
     # new weights
 
-    def update(self, source: Mapping[str, torch.Tensor] | Path) -> PolicyVersion:
+    def update(self, source: Mapping[str, torch.Tensor] | Path | str) -> PolicyVersion:
         """Take new weights, or a PEFT adapter in place of the one before, on all servers or on none; see `Syncable`.
 
         Raises:
@@ -281,7 +281,9 @@ class ServerEngine(BaseEngine):
         with self._updating:
             if self._change is not None:  # of a caller who was interrupted
                 wait([self._change])
-            return self._change_adapter(source) if isinstance(source, Path) else self._change_weights(source)
+            return (
+                self._change_adapter(Path(source)) if isinstance(source, Path | str) else self._change_weights(source)
+            )
 
     def _change_weights(self, tensors: Mapping[str, torch.Tensor]) -> PolicyVersion:
         if self._updates.held.adapter:
@@ -289,7 +291,7 @@ class ServerEngine(BaseEngine):
         number = self._version.number + 1
         folder = self._transfer.folder(number, sum(tensor.nbytes for tensor in tensors.values()))
         version = PolicyVersion(number, write_weights(folder, tensors))
-        return self._in_turn(self._updates.change_weights(folder, version))
+        return self._in_turn(lambda: self._updates.change_weights(folder, version))
 
     def _change_adapter(self, source: Path) -> PolicyVersion:
         if self._updates.held.folder:
@@ -300,9 +302,9 @@ class ServerEngine(BaseEngine):
         shutil.copytree(source, folder)  # a server may read it again later, and a trainer may write there again
         version = PolicyVersion(number, facts.fingerprint)
         name = f"llmrl-{self._run}-{number}-{facts.fingerprint[:8]}"
-        return self._in_turn(self._updates.change_adapter(name, folder, version))
+        return self._in_turn(lambda: self._updates.change_adapter(name, folder, version))
 
-    def _in_turn(self, change: Coroutine[Any, Any, None]) -> PolicyVersion:
+    def _in_turn(self, change: Callable[[], Awaitable[None]]) -> PolicyVersion:
         """Run a change when nothing else is under way. Once begun it ends, even if the caller is interrupted."""
 
         async def run() -> PolicyVersion:
@@ -313,7 +315,7 @@ class ServerEngine(BaseEngine):
 
         async def keep() -> None:
             try:
-                await change
+                await change()
             finally:
                 held = self._updates.held
                 self._version = held.version

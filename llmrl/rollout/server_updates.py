@@ -315,6 +315,7 @@ class Updates:
         failed = await _try_all(members, look)
         if not found:
             return [], failed
+        found = {member: found[member] for member in members if member in found}
         apart = {one: {other: _apart(found[one], found[other]) for other in found} for one in found}
         best = min(found, key=lambda one: sum(off > _SAME for off in apart[one].values()))
         off = {

@@ -291,7 +291,7 @@ def _row_ids(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
         ids[row_id] = number
         try:
             text = json.dumps(to_json(dict(row)), sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"row {number} ({row_id}): expected what JSON can hold: {error}") from None
         digest.update(text.encode() + b"\n")
     if not ids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 from llmrl.errors import OutputError
@@ -33,6 +34,8 @@ class TransferFolder:
                 raise OutputError(
                     f"no folder can be made in {self._parent or error.filename}: set transfer_dir"
                 ) from error
+            # a program that ends without closing its engine must not leave a model in memory
+            self._at_exit = weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
         path = self._root / f"version-{number}"
         shutil.rmtree(path, ignore_errors=True)  # of an update that failed
         free = shutil.disk_usage(self._root).free
@@ -51,7 +54,7 @@ class TransferFolder:
     def remove(self) -> None:
         """Remove everything."""
         if self._root is not None:
-            shutil.rmtree(self._root, ignore_errors=True)
+            self._at_exit()
             self._root = None
 
 

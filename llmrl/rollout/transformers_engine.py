@@ -30,6 +30,8 @@ from llmrl.rollout.weight_files import check_names, digest, fingerprint, shown
 from llmrl.rollout.weights import disk_weights
 from llmrl.types import FinishReason, PolicyVersion, SamplingConfig
 
+_SPARE_TOKENS = 8  # of a character that the stop string begins in
+
 
 @dataclass
 class _Row:
@@ -126,7 +128,7 @@ class TransformersEngine(BaseEngine):
         with self._lock, self._adapter_off(base):
             return prompt_logprobs(self._model, checked)
 
-    def update(self, source: Mapping[str, Tensor] | Path) -> PolicyVersion:
+    def update(self, source: Mapping[str, Tensor] | Path | str) -> PolicyVersion:
         """Take new weights, or a PEFT adapter in place of the one before; see `Syncable`.
 
         Raises:
@@ -134,7 +136,9 @@ class TransformersEngine(BaseEngine):
             ModelError: PEFT does not load the adapter.
         """
         with self._lock:  # held for a whole batch, so what runs ends with the weights it began with
-            self._version = self._load_adapter(source) if isinstance(source, Path) else self._load_weights(source)
+            self._version = (
+                self._load_adapter(Path(source)) if isinstance(source, Path | str) else self._load_weights(source)
+            )
         self.trust()
         return self._version
 
@@ -206,8 +210,11 @@ class TransformersEngine(BaseEngine):
         reason: FinishReason | None = None
         why: int | str | None = None
         stopped = None
-        if sampling.stop:
-            stopped = cut_answer(self.tokenizer, row.request.token_ids, row.ids, sampling.stop)[1]
+        if sampling.stop:  # it can only have ended in the last tokens
+            longest = max(len(word.encode()) for word in sampling.stop)  # a token says at least one byte
+            tail = row.ids[-(longest + _SPARE_TOKENS) :]
+            before = [*row.request.token_ids, *row.ids[: -len(tail)]]
+            stopped = cut_answer(self.tokenizer, before, tail, sampling.stop)[1]
         if token in row.request.end_ids:
             reason, why = FinishReason.STOP, token
         elif stopped:

@@ -66,7 +66,8 @@ class VllmEngine(BaseEngine):
         adapter: Folder of a PEFT adapter to start with.
         own_process: Run vLLM's core in a child process; None does so on a GPU and under a launcher of several processes.
             On a CPU it doubles the time to start.
-        kv_cache_memory_bytes: Size of the KV cache; None leaves it to vLLM on a GPU and takes 1 GiB on a CPU.
+        kv_cache_memory_bytes: Size of the KV cache; None leaves it to vLLM on a GPU and takes 1 GiB on a CPU,
+            or more where one whole context needs it.
         transfer_dir: Where new weights pass through; None takes a private folder in memory (/dev/shm) where it fits.
         options: Further arguments of `vllm.LLM`, e.g. tensor_parallel_size or gpu_memory_utilization.
 
@@ -156,7 +157,7 @@ class VllmEngine(BaseEngine):
         params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
         return self._send(list(prompt), params, False, lambda output: output.num_cached_tokens or 0).result()
 
-    def update(self, source: Mapping[str, torch.Tensor] | Path) -> PolicyVersion:
+    def update(self, source: Mapping[str, torch.Tensor] | Path | str) -> PolicyVersion:
         """Take new weights, or a PEFT adapter in place of the one before; see `Syncable`.
 
         Raises:
@@ -166,7 +167,7 @@ class VllmEngine(BaseEngine):
         done: Future[PolicyVersion] = Future()
 
         def load() -> PolicyVersion:
-            version = self._load_adapter(source) if isinstance(source, Path) else self._load_weights(source)
+            version = self._load_adapter(Path(source)) if isinstance(source, Path | str) else self._load_weights(source)
             self._reset_cache()
             self.trust()
             return version

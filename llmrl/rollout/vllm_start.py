@@ -50,7 +50,7 @@ def settings_for(
     """Return the arguments of `vllm.LLM` that llmrl stands for; `max_lora_rank=0` takes no adapter."""
     settings: dict[str, Any] = {
         "model": str(facts.folder),
-        "dtype": "float32" if dtype == "auto" and build == "cpu" else dtype,
+        "dtype": _dtype(facts, build) if dtype == "auto" else dtype,
         "max_model_len": facts.max_model_len,
         "generation_config": "vllm",  # what is sampled is said by each request, not by a file
         "logprobs_mode": "raw_logprobs",
@@ -62,12 +62,22 @@ def settings_for(
     }
     if build == "cpu":
         settings["enforce_eager"] = True  # compiling never pays off at the size of models a CPU serves
-        settings["kv_cache_memory_bytes"] = kv_cache_memory_bytes or _CPU_KV_CACHE_BYTES
+        settings["kv_cache_memory_bytes"] = kv_cache_memory_bytes or _cpu_cache(facts)
     elif kv_cache_memory_bytes:
         settings["kv_cache_memory_bytes"] = kv_cache_memory_bytes
     if max_lora_rank:
         settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(max_lora_rank)}
     return settings
+
+
+def _cpu_cache(facts: ModelFacts) -> int:
+    """Return 1 GiB, or what one whole context takes in float32 and a quarter more: vLLM does not start with less."""
+    return max(_CPU_KV_CACHE_BYTES, facts.cached_numbers * 4 * facts.max_model_len * 5 // 4)
+
+
+def _dtype(facts: ModelFacts, build: str) -> str:
+    """Return float32 on a CPU, else what the checkpoint is stored in: vLLM's own "auto" would round float32 to 16 bits."""
+    return "float32" if build == "cpu" or facts.dtype is None else facts.dtype
 
 
 def start_vllm(settings: dict[str, Any], *, own_process: bool) -> Any:

@@ -52,6 +52,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
 
     init_info_cls, update_info_cls = FileInit, FileUpdate
     supports_draft_weight_update = False
+    _unused: set[str] | None = None
 
     def init_transfer_engine(self, init_info: FileInit) -> None:
         """Nothing to connect to."""
@@ -77,7 +78,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
             # found out while loading, any of this would leave a mixture
             wanted = expected.keys() - self._tied()
             if wanted - found:
-                wanted -= never_trained(wanted, self.model_config)
+                wanted -= self._left_alone(wanted)
             check_names(found, wanted, "the weight update")
             wrong = [name for name in found if list(tensors[name].shape) != expected[name]]
             if wrong:
@@ -96,6 +97,12 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):
         if missing:
             finalize_layerwise_reload(self.model, self.model_config)
             raise SyncError(f"the weight update lacks what fills {shown(missing)}; {WEIGHTS_TOUCHED}")
+
+    def _left_alone(self, names: Set[str]) -> set[str]:
+        if self._unused is None:
+            own = {name for name, _ in self.model.named_parameters()}
+            self._unused = never_trained(names, self.model_config) - own
+        return self._unused
 
     def finish_weight_update(self) -> None:
         """Put the loaded layers in place."""

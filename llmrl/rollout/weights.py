@@ -24,6 +24,10 @@ def disk_weights(model: Any) -> dict[str, Tensor]:
     model = unwrap(model)
     merged: dict[str, Tensor] = {}
     if hasattr(model, "peft_config"):
+        if not hasattr(model, "get_base_model"):
+            raise ModelError(
+                "the adapter was attached with add_adapter(): wrap the model with peft.get_peft_model instead"
+            )
         _check_plain_lora(model)
         merged = _merged_layers(model)
         model = model.get_base_model()
@@ -33,7 +37,10 @@ def disk_weights(model: Any) -> dict[str, Tensor]:
         if ".lora_" in name:
             continue
         if hasattr(parameter, "full_tensor"):
-            raise ModelError(f"{name} is spread over processes: give update() the gathered state dict")
+            raise ModelError(
+                f"{name} is spread over processes (FSDP or ZeRO-3): gather the state dict and give it to engine.update(); "
+                "WeightSync and GRPO on the engine train with DDP or in one process"
+            )
         tensors[plain] = merged.get(plain, parameter.detach())
     return dict(revert_weight_conversion(model, tensors))
 

@@ -189,7 +189,6 @@ def shown_command(command: Sequence[str]) -> str:
             len(plain) > 5 and any(full.startswith(plain) for full in _SHORTENED)
         )
         shown.append(f"{name}=***" if hidden and equals else word)
-        hidden = hidden and not equals
     return " ".join(shown)
 
 

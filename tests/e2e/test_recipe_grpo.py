@@ -122,7 +122,7 @@ def test_grpo_on_vllm_learns_and_engine_and_trainer_agree(on_vllm):
 def test_grpo_shows_a_bar_and_leaves_a_model_a_plot_and_run_files(on_vllm, chat_model):
     from transformers import AutoModelForCausalLM
 
-    _, said, complained, out, watch = on_vllm
+    _, said, complained, out, _ = on_vllm
     rewards = [row["reward"] for row in metrics(out)]
     assert f"reward {rewards[-1]:.3f}" in complained  # the bar
     assert "{'" not in said + complained  # no raw dicts
@@ -180,7 +180,8 @@ def test_grpo_stops_when_an_update_does_not_reach_the_engine(train):
 
     code, _, complained, out, watch = train("--rollout_backend", "transformers", "--max_steps", 3, patch=stale)
     assert code == 1
-    assert "llmrl: update 1 did not reach the engine: the trainer's probe moved by" in complained
+    assert "did not reach the engine: " in complained
+    assert "it still samples with its old weights" in complained
     assert "Traceback" not in complained
     assert len(watch.versions) == 1
     assert not (out / "model.safetensors").exists()

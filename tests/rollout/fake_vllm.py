@@ -33,6 +33,8 @@ class FakeVllm:
         self.tokenizer, self.name, self.root, self.length = tokenizer, name, root, length
         self.fault = fault or (lambda path, body: None)
         self.sync, self.processed = sync, False
+        self.skew = 0.0  # taken from each logprob: as of a server that computes with other weights
+        self.keys = set()
         self.label, self.weights, self.loading, self.paused = "default", "start", None, False
         self.adapters, self.seen, self.peak, self.now = {}, [], 0, 0
         self.closed_early = threading.Event()
@@ -88,13 +90,13 @@ class FakeVllm:
             "prompt_logprobs": None,
         }
         if "logprobs" in body:
-            found = [scale * logprob(ids + new[:i], token) for i, token in enumerate(new)]
+            found = [scale * logprob(ids + new[:i], token) - self.skew for i, token in enumerate(new)]
             top = [
                 {f"token_id:{t}": p, "token_id:5": -9.0, "token_id:4": -0.001} for t, p in zip(new, found, strict=True)
             ]
             choice["logprobs"] = {"token_logprobs": found, "top_logprobs": top}
         if "prompt_logprobs" in body:
-            steps = [{str(t): {"logprob": logprob(ids[:i], t), "rank": 1}} for i, t in enumerate(ids)]
+            steps = [{str(t): {"logprob": logprob(ids[:i], t) - self.skew, "rank": 1}} for i, t in enumerate(ids)]
             choice["prompt_logprobs"] = [None, *steps[1:]]
         return {"choices": [choice]}
 
@@ -173,6 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path
         with fake.lock:
             fake.seen.append((path, body))
+            fake.keys.add(self.headers.get("Authorization"))
             fake.now += path == "/v1/completions"
             fake.peak = max(fake.peak, fake.now)
         try:

@@ -46,6 +46,12 @@ def test_scores_in_order_and_without_activation(client, servers):
     assert one.scores([]) == []
 
 
+def test_scores_are_asked_with_the_key_of_the_environment(client, servers, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "k1")
+    client().scores(TEXTS)
+    assert servers[0].keys | servers[1].keys == {"Bearer k1"}
+
+
 def classified(rows):
     return {"data": [{"index": i, "probs": row} for i, row in enumerate(rows)]}
 

@@ -156,9 +156,9 @@ def test_rollout_killed_vllm_ends_the_run_and_the_next_one_goes_on(rollout, prom
     from llmrl.rollout.vllm_engine import VllmEngine
 
     out = tmp_path / "out.jsonl"
-    many = [{"id": f"r{i}", "prompt": "word " * 600 if i == 7 else f"Once there were {i} dogs"} for i in range(40)]
+    many = [{"id": f"r{i}", "prompt": "word " * 600 if i == 7 else f"Once there were {i} dogs"} for i in range(24)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in many))
-    options = ("--rollout_backend", "vllm", "--max_tokens", "300")
+    options = ("--rollout_backend", "vllm", "--max_tokens", "250")
     with monkeypatch.context() as patch:
         kill_after(patch, ShardWriter, 3)
         patch.setattr(run, "open_engine", lambda model, **_: VllmEngine(model, own_process=True))
@@ -166,16 +166,16 @@ def test_rollout_killed_vllm_ends_the_run_and_the_next_one_goes_on(rollout, prom
     assert code == 1, err
     last = [line for line in err.splitlines() if line.startswith("llmrl: ")]
     assert "vLLM died" in last[0], err
-    assert "of 40 rows are finished and kept; the same command goes on with the rest" in err
+    assert "of 24 rows are finished and kept; the same command goes on with the rest" in err
     assert not out.exists()
     code, said, err = rollout(out, *options)
     assert code == 3, err
     found = rows(out)
     assert list(found) == [row["id"] for row in many]
     assert [row_id for row_id, row in found.items() if "error" in row] == ["r7"]
-    done = int(said.split(" of 40 rows were done before")[0].split()[-1])
-    assert 2 <= done < 39, "the signal came too late to show anything"
-    assert f"{40 - done} rows, 1 of them failed and {done} done before: {39 - done} samples" in said
+    done = int(said.split(" of 24 rows were done before")[0].split()[-1])
+    assert 2 <= done < 23, "the signal came too late to show anything"
+    assert f"{24 - done} rows, 1 of them failed and {done} done before: {23 - done} samples" in said
 
 
 def kill_after(monkeypatch, writer, count):

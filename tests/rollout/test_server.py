@@ -1,13 +1,14 @@
 """The client of several servers against servers that fail in every way; each future settles once, nothing is lost."""
 
+import threading
 import time
 
 import pytest
 from fake_vllm import LENGTH, logprob
 from server_support import GREEDY, ask, expected, on_completion, prompts, right, wait_for
 
-from llmrl.errors import EngineError, RequestError, UsageError
-from llmrl.rollout.server import ServerEngine
+from llmrl.errors import EngineError, RequestError
+from llmrl.rollout import http, server_pool
 from llmrl.types import FinishReason, SamplingConfig
 
 # one request
@@ -113,13 +114,112 @@ def test_request_goes_to_another_server(name, fakes, client):
     assert "finished work is kept, and the same command goes on" in str(caught.value)
 
 
-def test_hanging_server_times_out(fakes, client):
-    bad, good = fakes("hang", None)
-    one = client([bad, good])
+def with_timeout(one, seconds):
+    """Short from now on: opening took its time."""
     for member in one._pool.members:
-        member.http._timeout = 1.5
+        member.http._timeout = seconds
+    return one
+
+
+def test_hanging_server_times_out(fakes, client, monkeypatch):
+    monkeypatch.setattr(http, "HEALTH_TIMEOUT", 0.5)
+    bad, good = fakes(None, None)
+    bad.later = lambda path, body: "hang" if path in ("/v1/completions", "/health") else None
+    one = with_timeout(client([bad, good]), 1.5)
     assert [sample.token_ids for sample in ask(one, 8)] == right(8)
-    assert "no answer in 1.5 s" in one._pool.members[0].error
+    assert "no answer in 1.5 s, and it is not healthy (no answer in 0.5 s)" in one._pool.members[0].error
+
+
+def test_server_that_leaves_one_request_and_is_healthy_is_given_up_at_last(fakes, client):
+    bad, good = fakes("hang", None)
+    one = with_timeout(client([bad, good]), 0.2)
+    assert [sample.token_ids for sample in ask(one, 8)] == right(8)
+    assert "no answer in 2 s, although it is healthy" in one._pool.members[0].error
+    assert bad.paths().count("/health") >= 10
+
+
+def test_healthy_server_with_a_queue_is_waited_for(fakes, client):
+    """Twenty requests, two at a time: the last waits for five timeouts."""
+    (fake,) = fakes(None)
+    one = with_timeout(client([fake]), 0.3)
+    slots, answer = threading.Semaphore(2), fake.answer
+
+    def queued(method, path, body):
+        if path == "/v1/completions":
+            with slots:
+                time.sleep(0.15)
+        return answer(method, path, body)
+
+    fake.answer = queued
+    assert [sample.token_ids for sample in ask(one, 20)] == right(20)
+    assert sorted(body["seed"] for body in fake.completions()) == list(range(20))  # each was sent once
+    assert "/health" in fake.paths()
+    assert one._pool.members[0].faults == 0
+
+
+def test_only_so_many_requests_are_under_way_at_a_server(fakes, client, monkeypatch):
+    monkeypatch.setattr(server_pool, "_IN_FLIGHT", 4)
+    servers = fakes("slow", "slow")
+    one = client(servers)
+    for fake in servers:
+        fake.peak = 0
+    assert [sample.token_ids for sample in ask(one, 40)] == right(40)
+    assert [fake.peak for fake in servers] == [4, 4]
+
+
+def nan_in(row):
+    """Answers as an HTTP server that writes NaN does."""
+    return lambda choice: choice["logprobs"]["token_logprobs"].__setitem__(row, float("nan"))
+
+
+@pytest.mark.parametrize(
+    "fault", [nan_in(0), nan_in(5), (400, "Out of range float values are not JSON compliant: nan")]
+)
+def test_model_that_gives_nan_fails_that_prompt_only(fault, fakes, client):
+    servers = fakes(None, None)
+    for fake in servers:
+        fake.later = lambda path, body: fault if path == "/v1/completions" and body.get("seed") == 3 else None
+    one = client(servers)
+    futures = [one.submit(p, SamplingConfig(max_tokens=LENGTH, seed=i)) for i, p in enumerate(prompts(8))]
+    for i, future in enumerate(futures):
+        if i == 3:
+            with pytest.raises(RequestError, match="the model gave a logprob that is not a number for this prompt"):
+                future.result(10)
+        else:
+            assert future.result(10)[0].token_ids == right(8)[i]
+    assert [body["seed"] for fake in servers for body in fake.completions()].count(3) == 1
+    assert all(member.up for member in one._pool.members)
+
+
+# one server among several
+
+
+def test_each_asks_one_server_and_no_other(fakes, client):
+    a, b = fakes(None, None)
+    one = client([a, b])
+    assert one.is_shared
+    views = one.each()
+    assert [view.name for view in views] == [a.url, b.url]
+    ids = [1, 50, 60, 70]
+    b.skew = 1.0
+    for view, skew in zip(views, (0.0, 1.0), strict=True):
+        assert view.score(ids) == pytest.approx([logprob(ids[:i], ids[i]) - skew for i in (1, 2, 3)])
+        assert view.generate([1, 2], GREEDY).token_ids == expected([1, 2], 7)
+    assert (len(a.completions()), len(b.completions())) == (2, 2)
+    b.fault = on_completion((500, "no memory"))
+    with pytest.raises(EngineError, match=f"{b.url}: 500 no memory"):
+        views[1].score(ids)
+    with pytest.raises(EngineError, match=f"{b.url}: 500 no memory"):  # it is out
+        views[1].generate([1, 2], GREEDY)
+    assert len(a.completions()) == 2
+    assert [view.name for view in one.each()] == [a.url]
+    with pytest.raises(RequestError, match="not in the vocabulary"):
+        views[0].score([1, 512])
+    a.stop()
+    with pytest.raises(EngineError, match=a.url):
+        views[0].score(ids)
+    with pytest.raises(EngineError, match="no server answers"):
+        one.each()
 
 
 def test_busy_servers_are_asked_again(fakes, client):
@@ -193,6 +293,27 @@ def test_restarted_server_with_another_model_stays_out(fakes, client):
     assert not one._pool.members[0].up
 
 
+def test_server_that_cannot_be_taken_back_is_tried_again(fakes, client):
+    """Whatever goes wrong, the server is not forgotten."""
+    bad, good = fakes(None, None)
+    one = client([bad, good])
+    revive, errors = one._pool._revive, iter([OSError("no space left"), ZeroDivisionError()])
+
+    async def failing(member):
+        for error in errors:
+            raise error
+        await revive(member)
+
+    one._pool._revive = failing
+    bad.fault = lambda path, body: (500, "once") if path == "/v1/completions" else None
+    ask(one, 4)
+    bad.fault = lambda path, body: None
+    member = one._pool.members[0]
+    wait_for(lambda: "500 once; not taken back: OSError: no space left" in member.error)
+    wait_for(lambda: member.up)
+    assert [sample.token_ids for sample in ask(one, 10)] == right(10)
+
+
 def test_load_is_spread_and_hundreds_wait(fakes, client):
     servers = fakes("slow", "slow", "slow")
     one = client(servers)
@@ -222,36 +343,3 @@ def test_close_fails_what_is_under_way(fakes, client):
     for future in [*futures, one.submit([1, 2], GREEDY)]:
         with pytest.raises(EngineError, match="the engine was closed"):
             future.result(timeout=5)
-
-
-# opening
-
-
-def test_open_names_the_server_that_is_odd(fakes, client):
-    servers = fakes(None, None) + fakes(None, length=32)
-    with pytest.raises(EngineError) as caught:
-        client(servers)
-    text = str(caught.value)
-    assert text.startswith(f"{servers[2].url} serves stories (from /models/stories, 32 tokens of context), but ")
-    assert "start all servers with the same model" in text
-
-
-def test_open_refuses_what_cannot_be_used(fakes, client, stories_dir):
-    (fake,) = fakes(None)
-    with pytest.raises(UsageError, match="expected the URL of a server"):
-        ServerEngine(str(stories_dir), ["localhost:8000"])
-    with pytest.raises(UsageError, match="each server once"):
-        ServerEngine(str(stories_dir), [fake.url, fake.url + "/v1"])
-    with pytest.raises(UsageError, match="at least one server"):
-        ServerEngine(str(stories_dir), [])
-    fake.processed = True
-    with pytest.raises(EngineError, match=r"logprobs after temperature and filters .* without --logprobs-mode"):
-        client([fake])
-    fake.processed, fake.tokenizer = False, type("T", (), {"encode": lambda *a, **k: [5]})
-    with pytest.raises(EngineError, match="another tokenizer"):
-        client([fake])
-    fake.stop()
-    with pytest.raises(EngineError) as caught:
-        client([fake])
-    assert f"{fake.url} cannot be used: ConnectError" in str(caught.value)
-    assert "llmrl serve" in str(caught.value)

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -137,6 +138,96 @@ def test_answer_begun_before_a_server_was_brought_back_is_not_believed(fakes, cl
     a.weights, a.label = version.fingerprint, f"1-{version.fingerprint}"
     held.set()
     assert [future.result(10)[0].token_ids for future in waiting] == right(6, version.fingerprint)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_close_waits_for_an_update_that_has_begun(interrupted, fakes, client):
+    (fake,) = fakes(None)
+    one = client([fake])
+    loading, answer, results = threading.Event(), fake.answer, []
+
+    def slow(method, path, body):
+        if path == "/update_weights" and not body["update_info"].get("stage"):
+            loading.set()
+            time.sleep(1.0)
+        return answer(method, path, body)
+
+    fake.answer = slow
+    if interrupted:  # Ctrl-C comes while the caller waits
+        submit = one._loop.submit
+
+        def interrupt(work):
+            future = submit(work)
+            future.result = lambda: loading.wait(10) and (_ for _ in ()).throw(KeyboardInterrupt)
+            return future
+
+        one._loop.submit = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            one.update(WEIGHTS)
+        one._loop.submit = submit
+    else:
+        thread = threading.Thread(target=lambda: results.append(one.update(WEIGHTS)))
+        thread.start()
+        assert loading.wait(10)
+    start = time.monotonic()
+    one.close()
+    assert 0.3 < time.monotonic() - start < 10
+    assert fake.label.startswith("1-")
+    assert not fake.paused
+    if not interrupted:
+        thread.join()
+        assert [version.number for version in results] == [1]
+    fake.answer = answer
+    assert ask(client([fake]), 2)  # the next run takes it
+
+
+def test_close_does_not_wait_for_an_update_that_waits_itself(fakes, client):
+    (fake,) = fakes("hang")
+    one = client([fake])
+    one.submit([1, 2], GREEDY)
+    wait_for(fake.completions)
+    failed = []
+
+    def update():
+        try:
+            one.update(WEIGHTS)
+        except EngineError as error:
+            failed.append(str(error))
+
+    thread = threading.Thread(target=update)
+    thread.start()
+    time.sleep(0.3)
+    start = time.monotonic()
+    one.close()
+    assert time.monotonic() - start < 5
+    thread.join(5)
+    assert failed == ["the engine was closed"]
+    assert (fake.label, fake.paused) == ("default", False)
+
+
+def test_open_that_is_interrupted_leaves_no_half_loaded_server(fakes, client, monkeypatch):
+    (fake,) = fakes(None)
+    fake.weights, fake.label = "trained", "3-abc"
+    loading, answer = threading.Event(), fake.answer
+
+    def slow(method, path, body):
+        if path == "/update_weights":
+            loading.set()
+            time.sleep(0.5)
+        return answer(method, path, body)
+
+    fake.answer = slow
+    real = Future.result
+
+    def interrupt(future, timeout=None):
+        if timeout is None and loading.wait(10):
+            raise KeyboardInterrupt
+        return real(future, timeout)
+
+    monkeypatch.setattr(Future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        client([fake])
+    assert (fake.label, fake.paused) == ("default", False)
 
 
 def test_server_without_updates_is_refused_with_the_command(fakes, client):

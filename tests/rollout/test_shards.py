@@ -237,3 +237,21 @@ def test_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr("llmrl.rollout.shards.fcntl.flock", no_locks)
     write(tmp_path, (0, "b", 0))
     assert set(scan_shards(tmp_path)) == {("b", 0)}
+
+
+def test_interrupt_in_the_middle_of_a_line_leaves_no_part_of_it(tmp_path, monkeypatch, capsys):
+    real = os.write
+
+    def stopped(fd, data):
+        real(fd, bytes(data)[:30])
+        raise KeyboardInterrupt
+
+    with ShardWriter(tmp_path) as writer:
+        writer.write(("b", 0), {"said": 1}, position=0)
+        monkeypatch.setattr("llmrl.rollout.shards.os.write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            writer.write(("a", 0), {"said": 2}, position=1)
+        monkeypatch.undo()
+        writer.write(("c", 0), {"said": 3}, position=2)
+    assert read_shards(tmp_path) == {("b", 0): {"said": 1}, ("c", 0): {"said": 3}}
+    assert capsys.readouterr().err == ""
