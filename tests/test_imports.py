@@ -19,8 +19,8 @@ SOURCES = {"llmrl": ROOT / "llmrl", "llmrl_kernels": ROOT / "kernels" / "llmrl_k
 LAYERS = (
     ("llmrl_kernels",),
     (
-        "llmrl._version", "llmrl._after_import", "llmrl._autoregister", "llmrl.types", "llmrl.config", "llmrl.errors", "llmrl.files",
-        "llmrl.heads", "llmrl.base_model", "llmrl.modeling", "llmrl.vllm_compat",
+        "llmrl._version", "llmrl._after_import", "llmrl._autoregister", "llmrl.types", "llmrl.config", "llmrl.errors",
+        "llmrl.files", "llmrl.heads", "llmrl.base_model", "llmrl.modeling", "llmrl.vllm_compat",
     ),
     ("llmrl.rollout", "llmrl.training"),
     ("llmrl.leret", "llmrl.hyre", "llmrl.ats", "llmrl.hindsight", "llmrl.lora_switch"),

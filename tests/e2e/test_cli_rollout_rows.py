@@ -98,12 +98,32 @@ def test_rollout_panic_of_a_tokenizer_fails_its_row_alone(rollout, prompts, out,
     assert [row_id for row_id, row in found.items() if "error" in row] == ["r2"]
 
 
-def test_rollout_request_that_is_withdrawn_ends_the_run(rollout, prompts, out, answered):
-    """An engine that cancels a request by itself has no answer, and the run does not wait for one."""
-    answered(lambda i, future: i == 3 and future.cancel())
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda future: future.cancel(), "the request was withdrawn"),
+        (lambda future: future.set_result([]), "the engine gave no answer (IndexError)"),
+    ],
+)
+def test_rollout_engine_without_an_answer_ends_the_run_and_is_not_waited_for(
+    fault, words, rollout, prompts, out, monkeypatch
+):
+    real = module.open_engine
+
+    def opened(*args, **options):
+        engine = real(*args, **options)
+
+        def submit(prompt, sampling):
+            fault(future := Future())
+            return future
+
+        monkeypatch.setattr(engine, "submit", submit)
+        return engine
+
+    monkeypatch.setattr(module, "open_engine", opened)
     ended = rollout(prompts, out)
     assert ended.code == 1
-    assert "the request was withdrawn" in ended.refusal()
+    assert words in ended.refusal()
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, EngineError])

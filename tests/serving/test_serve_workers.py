@@ -55,7 +55,9 @@ def test_serve_sync_adds_what_updates_need(started):
     assert "--enable-lora" in command
 
 
-@pytest.mark.parametrize("host", [["--host", "0.0.0.0"], ["--host=192.168.0.1"], ["--host", "::"]])
+@pytest.mark.parametrize(
+    "host", [["--host", "0.0.0.0"], ["--host=192.168.0.1"], ["--host", "::"], ["--host=127.example.com"]]
+)
 def test_serve_sync_refuses_to_be_reached_from_outside(host, started, capsys):
     assert main(["serve", str(STORIES), "--sync", *host]) == 2
     text = capsys.readouterr().err
@@ -66,7 +68,7 @@ def test_serve_sync_refuses_to_be_reached_from_outside(host, started, capsys):
     assert len(started) == 1
 
 
-@pytest.mark.parametrize("host", [["--host", "localhost"], ["--host=127.0.0.1"], ["--host", "::1"]])
+@pytest.mark.parametrize("host", [["--host", "localhost"], ["--host=127.0.0.7"], ["--host", "::1"]])
 def test_serve_sync_on_loopback(host, started):
     assert main(["serve", str(STORIES), "--sync", *host]) == 0
 
@@ -81,7 +83,63 @@ def test_serve_workers_have_ports_and_logs_of_their_own(started, tmp_path):
     assert log_dir == tmp_path
 
 
-@pytest.mark.parametrize("wrong", [["--workers", "0"], ["--workers", "x"], ["--workers=2", "--port", "65535"]])
+@pytest.mark.parametrize("size", [["--tensor_parallel_size", "2"], ["--tensor-parallel_size=2"], ["-tp", "2"]])
+def test_serve_workers_take_underscores(size, started, monkeypatch):
+    dealt = []
+    monkeypatch.setattr(launch, "vllm_build", lambda: "cuda")
+    monkeypatch.setattr(launch, "worker_devices", lambda count, each: dealt.append((count, each)) or ["0,1"] * count)
+    monkeypatch.setattr(launch, "check_vllm", lambda: None)
+    assert main(["serve", str(STORIES), "--workers=2", *size]) == 0
+    assert dealt == [(2, 2)]
+
+
+OPTIONS = [
+    (["--api-key", "s3cret"], "--api-key ***"),
+    (["--api-key", "s3cret", "s3cret2", "--seed", "1"], "--api-key *** *** --seed 1"),
+    (["--api-key=s3cret", "--seed=1"], "--api-key=*** --seed=1"),
+    (["--api_key", "s3cret"], "--api_key ***"),
+    (["--api-k", "s3cret"], "--api-k ***"),
+    (["--hf-token", "s3cret", "--seed", "1"], "--hf-token *** --seed 1"),
+    (["--some-config.api_key=s3cret"], "--some-config.api_key=***"),
+    (["--tokenizer-mode", "auto", "--max-num-batched-tokens=64"], "--tokenizer-mode auto --max-num-batched-tokens=64"),
+]
+
+
+@pytest.mark.parametrize(("options", "shown"), OPTIONS)
+def test_serve_shows_no_key(options, shown, monkeypatch, capsys):
+    seen = []
+
+    def start(command, **rest):
+        seen.append(command)
+        raise KeyboardInterrupt  # before anything runs
+
+    monkeypatch.setattr(launch.subprocess, "Popen", start)
+    monkeypatch.setenv("VLLM_PLUGINS", "llmrl")
+    for workers_option in ([], ["--workers=2"]):
+        with contextlib.suppress(KeyboardInterrupt):
+            launch.main([str(STORIES), *options, *workers_option])
+    text = capsys.readouterr().err
+    assert "s3cret" not in text
+    assert text.count(f"serve {STORIES} {shown} --") == 2
+    assert len(seen) == 2
+    assert all(set(options) <= set(command) for command in seen)  # vLLM gets it
+
+
+def test_serve_help_says_what_a_key_does_not_guard(capsys):
+    assert main(["serve", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--api-key guards its /v1 endpoints only. /pause, /update_weights" in text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--workers", "0"],
+        ["--workers", "x"],
+        ["--workers=2", "--port", "65535"],
+        ["--workers=2", "--tensor-parallel-size", "two"],
+    ],
+)
 def test_serve_refuses_wrong_workers(wrong, started, capsys):
     assert main(["serve", str(STORIES), *wrong]) == 2
     assert "expected" in capsys.readouterr().err or "x" in wrong
