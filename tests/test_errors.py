@@ -27,7 +27,7 @@ def test_run_command_returns_the_commands_code(returned, code, capsys):
     [
         ("LlmrlError", 1), ("UsageError", 2), ("ConfigError", 2), ("DataError", 1), ("ModelError", 1),
         ("HeadMismatchError", 1), ("OutputError", 1), ("CheckpointError", 1), ("VersionError", 1),
-        ("DistributedError", 1),
+        ("DistributedError", 1), ("RequestError", 1), ("EngineError", 1), ("UnansweredError", 1), ("SyncError", 1),
     ],
 )  # fmt: skip
 def test_run_command_exit_code_of_every_error(kind, code, capsys):
@@ -39,7 +39,7 @@ def test_errors_of_the_tree_are_all_tested():
     kinds = {
         name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.LlmrlError)
     }
-    assert len(kinds) == 10
+    assert len(kinds) == 14
 
 
 def test_run_command_prints_at_most_three_lines_and_no_traceback(capsys):

@@ -43,6 +43,10 @@ class ServerFault(Exception):
         self.status = status
 
 
+class LostConnection(ServerFault):
+    """The connection broke before an answer came."""
+
+
 class ServerBusy(Exception):
     """The server asks to be asked later."""
 
@@ -78,8 +82,14 @@ class HttpServer:
         )
 
     async def get(self, path: str, *, timeout: float | None = None) -> Any:
-        """Return the JSON answer to a GET; None when it is empty. With a `timeout` of its own it waits no longer."""
-        return await self._ask("GET", path, None, timeout)
+        """Return the JSON answer to a GET; None when it is empty. With a `timeout` of its own it waits no longer.
+
+        A server closes an idle connection just when it is used again now and then. To ask twice for a state is harmless.
+        """
+        try:
+            return await self._ask("GET", path, None, timeout)
+        except LostConnection:
+            return await self._ask("GET", path, None, timeout)
 
     async def post(self, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
         """Return the JSON answer to a POST; None when it is empty, its text when it is none.
@@ -111,7 +121,9 @@ class HttpServer:
             unsent = isinstance(error, httpx.ConnectTimeout)
             raise ServerFault(f"no connection in {connect:g} s" if unsent else f"no answer in {timeout:g} s") from error
         except httpx.HTTPError as error:
-            raise ServerFault(f"{type(error).__name__}: {_one_line(str(error)) or 'connection lost'}") from error
+            lost = isinstance(error, httpx.ReadError | httpx.RemoteProtocolError | httpx.WriteError)
+            kind = LostConnection if lost else ServerFault
+            raise kind(f"{type(error).__name__}: {_one_line(str(error)) or 'connection lost'}") from error
         except RuntimeError as error:  # the client was closed in between
             raise ServerFault(_one_line(str(error))) from error
         if answer.status_code in _BUSY:

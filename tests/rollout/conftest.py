@@ -1,4 +1,4 @@
-"""Engines for tests: each model is opened once a session, and a test that gives an engine weights puts the old ones back."""
+"""Engines for tests: each model is opened once for all of them, and a test that gives it weights puts the old ones back."""
 
 import contextlib
 import functools

@@ -16,7 +16,8 @@ def broken(request, tiny_folder, open_vllm):
     """Each backend with output layers of their own: tied ones would carry the broken row to every prompt."""
     folder = tiny_folder("untied")
     plain = weights(trainer(folder))
-    engine = open_vllm(folder) if request.param == "vllm" else TransformersEngine(str(folder))
+    # an engine of its own: on a CPU, NaN that vLLM has once cached reaches later requests through masked positions
+    engine = open_vllm(folder, max_model_len=200) if request.param == "vllm" else TransformersEngine(str(folder))
     bad = {name: tensor.clone() for name, tensor in plain.items()}
     bad["model.embed_tokens.weight"][33] = torch.nan
     engine.update(bad)

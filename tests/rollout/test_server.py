@@ -343,3 +343,21 @@ def test_close_fails_what_is_under_way(fakes, client):
     for future in [*futures, one.submit([1, 2], GREEDY)]:
         with pytest.raises(EngineError, match="the engine was closed"):
             future.result(timeout=5)
+
+
+def test_a_state_is_asked_for_again_when_the_connection_was_just_closed(fakes, client, monkeypatch):
+    from llmrl.rollout.http import HttpServer, LostConnection
+
+    one = client(fakes(None))
+    asked, plain = [], HttpServer._ask
+
+    async def breaks_once(self, method, path, *rest):
+        asked.append((method, path))
+        if len(asked) == 1:
+            raise LostConnection("ReadError: connection lost")
+        return await plain(self, method, path, *rest)
+
+    monkeypatch.setattr(HttpServer, "_ask", breaks_once)
+    found = one._loop.run(one._pool.members[0].http.get("/v1/models"))
+    assert found["data"]
+    assert asked == [("GET", "/v1/models")] * 2

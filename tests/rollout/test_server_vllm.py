@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
+WORDS = ["cat", "dog", "bird", "fish", "tree", "ball", "girl", "boy"] * 60
 PROMPTS = ["Once upon a time", "The little dog ran to the park and saw a big red ball. He was very happy", "1"]
 OPTIONS = ["--dtype=float32", "--max-num-seqs=32", "--max-model-len=256", "--enable-lora", "--max-lora-rank=8"]
 ENVIRONMENT = {
@@ -300,7 +302,8 @@ def test_killed_server_loses_and_doubles_nothing_and_a_restarted_one_gets_the_we
         raise_from_pool(engine, prompts)
     wait_for(lambda: len(engine._pool.up) == 2)
     agrees(engine, model, prompts)
-    rows = [[*prompts[i % 3], 3 + i] for i in range(64)]
+    # more than both answer at once, so that some are under way whenever the first have ended
+    rows = [[*prompts[i % 3], 3 + i] for i in range(200)]
     sampling = SamplingConfig(temperature=0, max_tokens=48)
     undisturbed = [row[0].token_ids for row in engine.generate(rows, sampling)]
     futures = [engine.submit(row, sampling) for row in rows]
@@ -311,7 +314,7 @@ def test_killed_server_loses_and_doubles_nothing_and_a_restarted_one_gets_the_we
     kill(servers[0])
     samples = [future.result(timeout=120)[0] for future in futures]
     assert [sample.token_ids for sample in samples] == undisturbed
-    assert sorted(settled) == list(range(64))
+    assert sorted(settled) == list(range(200))
     assert {sample.policy_version for sample in samples} == {engine.version}
     assert not engine._pool.members[0].up
     # somebody starts it again, with its start weights: it gets the current ones before it is asked for anything
@@ -363,3 +366,57 @@ def shared_memory(pid):
     except OSError:
         return []
     return [Path(line.split()[5]) for line in lines if "/dev/shm/psm_" in line and not line.endswith("(deleted)")]
+
+
+def test_rollout_when_both_servers_are_killed_and_resumed_on_another(stories_dir, tmp_path):
+    """The command, on real servers: a clear error, finished rows kept, and the same command makes the rest."""
+    rows = [
+        {"id": f"r{i}", "prompt": f"Once upon a time there was a {word} number {i}"} for i, word in enumerate(WORDS)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output, shards = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.run" / "shards"
+    command = [sys.executable, "-m", "llmrl.cli", "rollout", "--model", str(stories_dir), "--temperature", "0"]
+    command += [
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--output",
+        str(output),
+        "--max_tokens",
+        "96",
+        "--server_url",
+    ]
+
+    def finished():
+        return sum(path.read_bytes().count(b"\n") for path in shards.glob("*.jsonl"))
+
+    with contextlib.ExitStack() as stack:
+        pair = [stack.enter_context(serve(tmp_path / f"log{i}", stories_dir)) for i in range(2)]
+        for one in pair:
+            one.wait_until_healthy()
+        run = subprocess.Popen(
+            [*command, *(one.url for one in pair)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        )
+        stack.callback(run.kill)
+        wait_for(lambda: finished() >= 3, seconds=60)
+        for one in pair:
+            kill(one)
+        assert run.wait(timeout=120) == 1
+        said = run.stderr.read()
+        assert "no server answers" in said
+        assert "the same command goes on with the rest" in said
+    kept = finished()
+    assert 3 <= kept < len(rows)
+    with serve(tmp_path / "log2", stories_dir, port=pair[0].port) as again:
+        again.wait_until_healthy()
+        resumed = [*command, again.url]
+        done = subprocess.run(resumed, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{kept} of {len(rows)} rows were done before" in done.stdout
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in written] == [row["id"] for row in rows]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(stories_dir).eval()
+    for row in (written[0], written[-1]):
+        ids = row["samples"][0]["token_ids"]
+        assert tuple(ids) == greedy(model, row["prompt_token_ids"], len(ids))

@@ -9,6 +9,7 @@ import pytest
 
 from llmrl.errors import DistributedError
 from llmrl.training import check_processes, is_main_process, rank, world_size
+from llmrl.training import distributed as distributed_module
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "recipes" / "accelerate"
@@ -19,6 +20,8 @@ LAUNCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 def no_launcher(monkeypatch):
     for name in LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    # vLLM, which other tests open in this process, leaves a process group of one behind
+    monkeypatch.setattr(distributed_module, "_process_group", lambda: None)
 
 
 def python(code, **variables):
