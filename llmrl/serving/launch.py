@@ -7,7 +7,6 @@ A folder with llmrl's heads is checked first, so that its heads will be used. Ev
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import json
 import os
 import signal
@@ -20,8 +19,9 @@ from types import FrameType
 
 from llmrl.errors import EXIT_ERROR, ModelError, UsageError, VersionError
 from llmrl.files import resolve_reference
-from llmrl.heads import check_same_base
+from llmrl.fingerprints import check_same_base
 from llmrl.rollout.weight_files import VLLM_BACKEND
+from llmrl.serving.options import ServeOptions
 from llmrl.serving.plugin import MARKER_VARIABLE
 from llmrl.serving.workers import PluginError, run_workers, shown_command, worker_devices
 from llmrl.vllm_compat import check_versions, vllm_build, why_no_vllm
@@ -50,20 +50,21 @@ def main(argv: list[str]) -> int:
         return 0
     if argv[0].startswith("-"):
         raise UsageError(f"expected the model first, got '{argv[0]}'; see llmrl serve --help")
-    own, options = own_options(argv[1:])
+    own, rest = own_options(argv[1:])
+    options = ServeOptions(rest)
     model, is_local = resolve_reference(argv[0], "a folder that llmrl calibrate wrote, another model, or a hub name")
     with_heads = is_local and has_heads(Path(model))
     if with_heads:
-        check_options(options)
-    if own.sync:
-        check_loopback(options, own.allow_remote_updates)
+        options.check_for_heads()
+    if own.sync and not own.allow_remote_updates:
+        options.check_loopback()
     check_vllm()
     check_plugin()
     if with_heads:
         check_folder(Path(model))
     environment = server_environment(sync=own.sync)
-    if own.sync and "--weight-transfer-config" not in _names(options):
-        options = [*options, "--weight-transfer-config", json.dumps({"backend": VLLM_BACKEND})]
+    if own.sync and "--weight-transfer-config" not in options:
+        options = options.replaced("--weight-transfer-config", json.dumps({"backend": VLLM_BACKEND}))
     if own.workers == 1 and own.log_dir is None:
         return _run(server_command(model, options), environment)
     return _run_several(model, options, own.workers, own.log_dir, environment)
@@ -102,20 +103,6 @@ def has_heads(folder: Path) -> bool:
         return True
     check_model_folder(folder)
     return False
-
-
-def check_loopback(options: list[str], allow_remote: bool) -> None:
-    """Refuse to let other machines change the weights, unless the user said so."""
-    host = _value(options, "--host", "127.0.0.1")
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name may lead anywhere
-        local = False
-    if not allow_remote and not local:
-        raise UsageError(
-            f"--sync with --host {host}: whoever reaches the port could replace the weights\n"
-            "leave --host out, or add --allow_remote_updates on a closed network"
-        )
 
 
 def check_vllm() -> None:
@@ -169,59 +156,13 @@ def check_folder(folder: Path) -> None:
     check_same_base(found, spec.base, folder)
 
 
-# options under which the folder would no longer be what its heads were fitted on, or its heads would not be asked
-_REFUSED = {
-    "--tokenizer": "the head was fitted with the folder's own tokenizer",
-    "--chat-template": "the head was fitted with the folder's own chat template",
-    "--hf-overrides": "the head was fitted on the base's own configuration",
-    **dict.fromkeys(
-        ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"),
-        "a drafter would propose from logits without the head",
-    ),
-}
-
-
-def check_options(options: list[str]) -> None:
-    """Refuse options of `vllm serve` that do not go together with a fitted head."""
-    for option in options:
-        name = option.split("=")[0].split(".")[0].replace("_", "-")  # vLLM takes `--hf-overrides.key value` too
-        if name in _REFUSED:
-            raise UsageError(f"{name} cannot be used here: {_REFUSED[name]}; leave it out, or serve the base")
-
-
-def _names(options: list[str]) -> set[str]:
-    return {option.split("=")[0].replace("_", "-") for option in options if option.startswith("-")}
-
-
-def _value(options: list[str], name: str, default: str) -> str:
-    """Return the value of an option, `--name value` or `--name=value`, with - or _ in its name; the last one counts."""
-    found = default
-    for i, option in enumerate(options):
-        given, equals, value = option.partition("=")
-        if given.replace("_", "-") == name and (equals or i + 1 < len(options)):
-            found = value if equals else options[i + 1]
-    return found
-
-
-def _without(options: list[str], name: str) -> list[str]:
-    kept, skip = [], False
-    for option in options:
-        given, equals, _ = option.partition("=")
-        if skip or given.replace("_", "-") == name:
-            skip = not skip and not equals
-        else:
-            kept.append(option)
-    return kept
-
-
-def server_command(model: Path | str, options: list[str]) -> list[str]:
+def server_command(model: Path | str, options: ServeOptions) -> list[str]:
     """Return the command line of the server."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *options]
-    given = _names(options)
-    if "--host" not in given:
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *options.given]
+    if "--host" not in options:
         command += ["--host", "127.0.0.1"]
     config = Path(model) / "config.json"
-    if "--dtype" not in given and config.is_file():
+    if "--dtype" not in options and config.is_file():
         found = json.loads(config.read_text(encoding="utf-8"))
         if found.get("dtype", found.get("torch_dtype")) == "float32":
             command += ["--dtype", "float32"]
@@ -238,20 +179,21 @@ def server_environment(*, sync: bool) -> dict[str, str]:
     return environment
 
 
-def _run_several(model: str, options: list[str], count: int, log_dir: Path | None, environment: dict[str, str]) -> int:
-    port = _value(options, "--port", "8000")
+def _run_several(
+    model: str, options: ServeOptions, count: int, log_dir: Path | None, environment: dict[str, str]
+) -> int:
+    port = options.get("--port", "8000")
     if not port.isdigit() or not 0 < int(port) <= 65536 - count:
         raise UsageError(f"--port {port}: expected a number with room for {count} ports")
-    host = _value(options, "--host", "127.0.0.1")
+    host = options.get("--host", "127.0.0.1")
     if vllm_build() == "cpu" and count > 1:
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all pin themselves to the same cores
-    size = _value(options, "--tensor-parallel-size", _value(options, "-tp", "1"))
+    size = options.get("--tensor-parallel-size", options.get("-tp", "1"))
     if not size.isdigit() or int(size) < 1:
         raise UsageError(f"--tensor-parallel-size {size}: expected a number of GPUs, at least 1")
     per_worker = int(size)
     devices = worker_devices(count, per_worker) if vllm_build() == "cuda" else [None] * count
-    rest = _without(options, "--port")
-    commands = [server_command(model, [*rest, "--port", str(int(port) + i)]) for i in range(count)]
+    commands = [server_command(model, options.replaced("--port", str(int(port) + i))) for i in range(count)]
     environments = [environment | ({"CUDA_VISIBLE_DEVICES": seen} if seen else {}) for seen in devices]
     reached = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     urls = [f"http://{reached}:{int(port) + i}" for i in range(count)]

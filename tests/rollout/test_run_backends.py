@@ -179,7 +179,7 @@ def test_rollout_killed_vllm_ends_the_run_and_the_next_one_goes_on(rollout, prom
     options = ("--rollout_backend", "vllm", "--max_tokens", "250")
     with monkeypatch.context() as patch:
         kill_after(patch, ShardWriter, 3)
-        patch.setattr(run, "open_engine", lambda model, **_: VllmEngine(model, own_process=True))
+        patch.setattr(run, "open_engine", lambda model, **_: VllmEngine(model, own_process=True, max_num_seqs=2))
         code, _, err = rollout(out, *options)
     assert code == 1, err
     last = [line for line in err.splitlines() if line.startswith("llmrl: ")]

@@ -14,6 +14,7 @@ from serving_folders import ENVIRONMENT, LINEAR, ROOT, STORIES, heads_folder
 
 from llmrl.cli import main
 from llmrl.serving import launch, plugin
+from llmrl.serving.options import ServeOptions
 
 pytestmark = pytest.mark.vllm
 
@@ -73,6 +74,7 @@ def test_serve_refuses_option_in_place_of_folder(no_vllm_start, capsys):
         (["--speculative_config.method=ngram"], "--speculative-config cannot be used here"),
         (["-sc", "{}"], "-sc cannot be used here"),
         (["--spec-method", "ngram"], "--spec-method cannot be used here"),
+        (["--hf-over", "{}"], "--hf-overrides cannot be used here"),  # argparse takes it for --hf-overrides
     ],
 )
 def test_serve_refuses_options_that_leave_the_head_behind(options, why, no_vllm_start, served, capsys):
@@ -85,8 +87,63 @@ def test_serve_refuses_options_that_leave_the_head_behind(options, why, no_vllm_
 @pytest.mark.parametrize(
     "options", [["--tokenizer-mode", "auto"], ["--port=1", "--dtype", "float32"], ["--seed", "1.5"]]
 )
-def test_check_options_lets_others_pass(options):
-    launch.check_options(options)
+def test_options_for_heads_let_others_pass(options):
+    ServeOptions(options).check_for_heads()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write the file of `--config`; return the options that name it."""
+
+    def write(text):
+        (tmp_path / "serve.yaml").write_text(text)
+        return ["--config", str(tmp_path / "serve.yaml")]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("port: 1\ntokenizer: other\n", "--tokenizer cannot be used here"),
+        ("chat_template: x.jinja\n", "--chat-template cannot be used here"),
+        ("hf-overrides:\n  rope_theta: 5\n", "--hf-overrides cannot be used here"),
+        ("model: other\n", "the model stands first"),
+        ("- port\n", "expected a line `option: value` an option, got list"),
+        ("port: [\n", "cannot be read"),
+    ],
+)
+def test_serve_refuses_what_a_config_file_says(text, why, config, no_vllm_start, served, capsys):
+    code, message = refusal([served, *config(text)], capsys)
+    assert code == 2
+    assert why in message
+
+
+def test_serve_refuses_missing_config_file(no_vllm_start, served, tmp_path, capsys):
+    code, text = refusal([served, "--config", tmp_path / "none.yaml"], capsys)
+    assert code == 2
+    assert f"--config: not found: {tmp_path / 'none.yaml'}" in text
+
+
+def test_serve_refuses_a_second_model(no_vllm_start, served, capsys):
+    code, text = refusal([served, "--model", "other"], capsys)
+    assert code == 2
+    assert "the model stands first" in text
+
+
+def test_serve_refuses_updates_over_the_network_from_a_config_file(config, no_vllm_start, served, capsys):
+    code, text = refusal([served, "--sync", *config("host: 0.0.0.0\n")], capsys)
+    assert code == 2
+    assert "--sync with --host 0.0.0.0" in text
+
+
+def test_command_leaves_to_the_config_file_what_it_says(config, served):
+    options = ServeOptions([*config("host: 127.0.0.2\ndtype: bfloat16\nport: 7\n"), "--port=9"])
+    command = launch.server_command(served, options)
+    assert "--host" not in command
+    assert "--dtype" not in command
+    assert options.get("--port", "8000") == "9"
+    assert options.replaced("--port", "5").given == [*options.given[:2], "--port", "5"]
 
 
 def test_serve_refuses_empty_folder(no_vllm_start, tmp_path, capsys):
