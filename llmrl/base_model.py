@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 
 from llmrl.errors import LlmrlError, ModelError, UsageError, did_you_mean
 from llmrl.files import resolve_reference
-from llmrl.heads import BaseReference, fingerprint_template, fingerprint_tokenizer, fingerprint_weights
+from llmrl.fingerprints import fingerprint_template, fingerprint_tokenizer, fingerprint_weights
+from llmrl.heads import BaseReference
 from llmrl.modeling import local_folder
 
+ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _NO_LIMIT = 1 << 20  # tokenizers without a length say 1e30
@@ -142,6 +145,42 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
         raise ModelError(f"cannot load the tokenizer of {name}: {_first_line(error)}") from error
 
 
+def is_adapter(name: str | Path) -> bool:
+    """Tell whether a name is the folder of a PEFT adapter."""
+    return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def merge_adapter(adapter: Path, folder: Path, *, dtype: str = "auto") -> None:
+    """Merge a PEFT adapter into its base and write the result as a plain checkpoint.
+
+    Args:
+        adapter: folder of the adapter; its tokenizer is taken if it has one, else the base's.
+        folder: where the checkpoint goes.
+        dtype: of the merged weights; "auto" is the base's own.
+
+    Raises:
+        ModelError: weights that are missing or pickled, a base that is not there, an adapter that cannot be merged.
+    """
+    if not any(adapter.glob("*.safetensors")):
+        raise ModelError(f"{adapter} has no adapter_model.safetensors; save it with safe_serialization=True")
+    from peft import PeftModel
+
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not base:
+        raise ModelError(f"{adapter / ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+    model = open_causal_lm(
+        base, dtype=dtype, device="cpu", revision=revision, shown_as=f"{base}, the base of {adapter}"
+    )
+    try:
+        merged = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True).merge_and_unload()
+    except Exception as error:
+        raise ModelError(f"the adapter in {adapter} cannot be merged into {base}: {_first_line(error)}") from error
+    merged.save_pretrained(folder)
+    has_own = (adapter / "tokenizer_config.json").is_file()
+    load_tokenizer(adapter if has_own else base, revision=None if has_own else revision).save_pretrained(folder)
+
+
 def check_model_folder(folder: Path) -> None:
     """Refuse a folder that is no checkpoint, has no weights, or only pickled ones.
 
@@ -150,9 +189,9 @@ def check_model_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is a file; name the folder of a checkpoint")
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(folder):
         raise ModelError(
-            f"{folder} is a PEFT adapter: merge it into its base first\n"
+            f"{folder} is a PEFT adapter, here a whole model is needed: merge it into its base first\n"
             "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIR)"
         )
     if not (folder / "config.json").is_file():

@@ -1,19 +1,17 @@
 """One format for everything llmrl attaches to a frozen model: what a head is, what it was fitted on, how it is stored.
 
 A head reads the hidden states that enter the output embedding (after the final norm) and either changes the logits
-(`kind="temperature"`) or produces scores of its own (`kind="reward"`). It is described by a `HeadSpec`, lives in float32
-whatever the base's dtype, and is stored as tensors `llmrl_heads.<name>.<parameter>` in `llmrl_heads.safetensors`. The
+(`kind="temperature"` or "vector") or produces scores of its own (`kind="reward"`). It is described by a `HeadSpec`, lives in
+float32 whatever the base's dtype, and is stored as tensors `llmrl_heads.<name>.<parameter>` in `llmrl_heads.safetensors`. The
 folder's `config.json` holds the base's configuration with `model_type: "llmrl"` and the `HeadsConfig` under the key
 `llmrl`; a program without llmrl therefore refuses the folder instead of silently serving the base.
 
-A head belongs to one base: `BaseReference` records fingerprints of weights, tokenizer and chat template.
+A head belongs to one base: `BaseReference` records fingerprints of weights, tokenizer and chat template
+(`llmrl.fingerprints`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrl.errors import HeadMismatchError, ModelError, did_you_mean
+from llmrl.errors import ModelError, did_you_mean
+from llmrl.logits_heads import build_logits_head
 
 FORMAT_VERSION = 1
 HEADS_FILE = "llmrl_heads.safetensors"
@@ -30,12 +29,15 @@ PREFIX = "llmrl_heads."
 CONFIG_KEY = "llmrl"
 MODEL_TYPE = "llmrl"
 
-# The multiplier exp(tau) of a temperature head stays in this range. The upper end is the reference implementation's clip
-# (arXiv 2409.19817, head.py); the lower end keeps a runaway head from flattening a distribution to uniform.
-MIN_LOG_SCALE = -3.0
-MAX_LOG_SCALE = math.log(10.0)
-
-_ARCHITECTURES = {"temperature": ("scalar", "linear"), "reward": ("linear",)}
+_ARCHITECTURES = {
+    "temperature": ("scalar", "linear", "mlp", "transformer"),
+    "vector": ("vector",),
+    "reward": ("linear",),
+}
+_SIZES = {
+    "mlp": ("intermediate_size",),
+    "transformer": ("intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
+}
 POOLING_KINDS = ("reward",)
 
 
@@ -44,16 +46,25 @@ class HeadSpec:
     """Shape and kind of one head.
 
     Args:
-        kind: "temperature" (logits are multiplied by exp(tau)) or "reward" (K scores a sequence).
-        architecture: "scalar" (one learned number, reads nothing) or "linear" (hidden_size -> outputs, with bias).
+        kind: "temperature" (logits are multiplied by exp(tau)), "vector" (logits times and plus a vector) or "reward" (K
+            scores a sequence).
+        architecture: "scalar" (one learned number, reads nothing), "linear" (hidden_size -> outputs, with bias), "mlp" or
+            "transformer" (see `llmrl.logits_heads`); "vector" for a vector.
         hidden_size: width of the hidden states it reads.
-        outputs: K for a reward head, 1 for a temperature head.
+        outputs: K for a reward head, the size of the vocabulary for a vector, 1 for a temperature head.
+        intermediate_size: inner width of the MLP, for "mlp" and "transformer".
+        num_heads, num_kv_heads, head_dim, rope_theta: attention of "transformer".
     """
 
     kind: str
     architecture: str
     hidden_size: int
     outputs: int = 1
+    intermediate_size: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
         if self.kind not in _ARCHITECTURES:
@@ -64,10 +75,22 @@ class HeadSpec:
                 f"unknown architecture '{self.architecture}' for a {self.kind} head"
                 f"{did_you_mean(self.architecture, valid)}"
             )
-        if self.hidden_size < 1 or self.outputs < 1:
-            raise ModelError(f"a head needs hidden_size and outputs >= 1, got {self.hidden_size} and {self.outputs}")
+        for name in ("hidden_size", "outputs", *_SIZES.get(self.architecture, ())):
+            if getattr(self, name) < 1:
+                raise ModelError(f"a {self.architecture} head needs {name} >= 1, got {getattr(self, name)}")
         if self.kind == "temperature" and self.outputs != 1:
             raise ModelError(f"a temperature head has 1 output, got {self.outputs}")
+        if self.architecture == "transformer" and (self.num_heads % self.num_kv_heads or self.head_dim % 2):
+            raise ModelError(
+                f"a transformer head needs num_heads a multiple of num_kv_heads and an even head_dim, got {self.num_heads}, "
+                f"{self.num_kv_heads} and {self.head_dim}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON without the sizes that such a head does not have."""
+        needed = {"kind", "architecture", "hidden_size", "outputs", *_SIZES.get(self.architecture, ())}
+        needed |= {"rope_theta"} if self.architecture == "transformer" else set()
+        return {name: value for name, value in asdict(self).items() if name in needed}
 
 
 @dataclass(frozen=True)
@@ -94,8 +117,10 @@ class HeadsConfig:
     format: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return asdict(self)
+        """Return plain JSON; sizes that a head does not have are left out."""
+        fields = asdict(self)
+        fields["heads"] = {name: spec.to_json() for name, spec in self.heads.items()}
+        return fields
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> HeadsConfig:
@@ -120,40 +145,6 @@ class HeadsConfig:
             raise ModelError(f"the head configuration is damaged ({error}): save the folder again") from error
 
 
-class TemperatureHead(nn.Module):
-    """Per-token inverse temperature: logits are multiplied by exp(tau(h)), tau = w.h + b (ATS, arXiv 2409.19817, sec. 3).
-
-    Zero-initialised, so that an unfitted head multiplies by exactly 1.
-    """
-
-    weight: nn.Parameter | None
-
-    def __init__(self, spec: HeadSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32))
-        if spec.architecture == "linear":
-            self.weight = nn.Parameter(torch.zeros(1, spec.hidden_size, dtype=torch.float32))
-        else:
-            self.register_parameter("weight", None)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return tau, clipped, `[..., 1]` float32, for hidden states `[..., H]` of any dtype."""
-        bias = self.bias.to(hidden.device, torch.float32)
-        if self.weight is None:
-            tau = bias.expand(*hidden.shape[:-1], 1)
-        else:
-            tau = nn.functional.linear(hidden.float(), self.weight.to(hidden.device, torch.float32), bias)
-        return tau.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
-
-    def apply_to_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """Return calibrated logits `[..., V]` in float32.
-
-        The product is taken in float32: a bfloat16 product can round two different logits to one and so move the argmax.
-        """
-        return logits.float() * self(hidden).exp()
-
-
 class RewardHead(nn.Module):
     """K linear scores of a pooled hidden state, `[..., H] -> [..., K]`."""
 
@@ -171,21 +162,13 @@ class RewardHead(nn.Module):
 
 def build_head(spec: HeadSpec) -> nn.Module:
     """Return a fresh, zero-initialised head."""
-    return TemperatureHead(spec) if spec.kind == "temperature" else RewardHead(spec)
+    return RewardHead(spec) if spec.kind == "reward" else build_logits_head(spec)
 
 
 def build_heads(config: HeadsConfig) -> nn.ModuleDict:
     """Return the heads of a folder, by name, in float32 and without gradients."""
     heads = nn.ModuleDict({name: build_head(spec) for name, spec in config.heads.items()})
     return heads.requires_grad_(False)
-
-
-def apply_logits_heads(heads: nn.ModuleDict, logits: Tensor, hidden: Tensor) -> Tensor:
-    """Run every head that changes logits, in the order of the folder; used by transformers and by vLLM alike."""
-    for head in heads.values():
-        if isinstance(head, TemperatureHead):
-            logits = head.apply_to_logits(logits, hidden)
-    return logits
 
 
 def head_tensors(heads: nn.ModuleDict) -> dict[str, Tensor]:
@@ -224,142 +207,3 @@ def load_head_tensors(heads: nn.ModuleDict, tensors: Mapping[str, Tensor]) -> No
         if not torch.isfinite(given[name]).all():
             raise ModelError(f"head tensor {PREFIX}{name} holds NaN or infinity: fit the head again")
         own[name].copy_(given[name])
-
-
-# --- fingerprints -----------------------------------------------------------------------------------------------------
-
-
-# of config.json: what may differ without the model computing anything else
-_COSMETIC = frozenset(
-    ("transformers_version", "_name_or_path", "architectures", "model_type", "llmrl", "dtype", "torch_dtype", "use_cache",
-     "id2label", "label2id", "problem_type", "num_labels", "bos_token_id", "eos_token_id", "pad_token_id",
-     "_attn_implementation", "return_dict", "output_hidden_states", "output_attentions")
-)  # fmt: skip
-_ROWS = 256
-_VOCABULARY_TENSORS = ("embed", "wte", "lm_head")
-
-
-def fingerprint_weights(folder: Path | str) -> str:
-    """Return a hash of what a checkpoint computes: its tensors (names, shapes, dtypes, values) and its config.json.
-
-    How the tensors are sharded does not matter, nor do fields of config.json that change no number. Tensors up to 4 MiB
-    and everything with a row a vocabulary entry count whole; of a larger matrix 256 evenly spaced rows are read, so that a
-    70B model takes seconds. A fine-tuned, merged or requantised model differs in all rows of a matrix, hence in these; an
-    edit of single rows of a large inner matrix can go unnoticed.
-
-    Raises:
-        ModelError: the folder holds no safetensors file.
-    """
-    from safetensors import safe_open
-
-    digests: dict[str, str] = {}
-    for file in weight_files(folder):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if not name.startswith(PREFIX):
-                    digests[name] = _digest_slice(tensors.get_slice(name), tensors, name)
-    config = Path(folder) / "config.json"
-    if config.is_file():
-        fields = json.loads(config.read_text(encoding="utf-8"))
-        digests["config.json"] = json.dumps({k: v for k, v in fields.items() if k not in _COSMETIC}, sort_keys=True)
-    return _sha(json.dumps(sorted(digests.items())).encode())
-
-
-def weight_files(folder: Path | str) -> list[Path]:
-    """Return the safetensors files a loader reads: those of the index, else model.safetensors, else all but heads.
-
-    Raises:
-        ModelError: there are none.
-    """
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file() and not single.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / name for name in sorted(names)]
-    else:
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    files = [file for file in files if file.name != HEADS_FILE]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ModelError(f"{folder} lacks {missing[0]}, which its index names: download the checkpoint again")
-    if not files:
-        raise ModelError(f"no weights in {folder}: expected *.safetensors")
-    return files
-
-
-def _digest_slice(part: Any, tensors: Any, name: str) -> str:
-    shape, dtype = part.get_shape(), part.get_dtype()
-    rows = shape[0] if shape else 1
-    per_row = math.prod(shape[1:]) if shape else 1
-    digest = hashlib.sha256(f"{dtype}{shape}".encode())
-    whole = len(shape) < 2 or rows * per_row * 4 <= 4 << 20 or rows <= _ROWS
-    if whole or any(word in name for word in _VOCABULARY_TENSORS):
-        digest.update(_raw(tensors.get_tensor(name)))
-    else:
-        for i in range(_ROWS):
-            row = i * (rows - 1) // (_ROWS - 1)
-            digest.update(_raw(part[row : row + 1]))
-    return digest.hexdigest()
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-_PROBES = ("Hello, world! 12345", " a  b\n\tc", "naïve café — “x” ∑ 漢字 🙂", "<s></s><|im_end|>")
-
-
-def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """Return a hash of how a tokenizer turns text into ids: its whole pipeline, special ids, and four encoded probe texts.
-
-    Padding and truncation are left out: they belong to a call, and a pad token set later changes no text's ids.
-    """
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if key != "pad_token"}
-    state: dict[str, Any] = {
-        "vocab": sorted(tokenizer.get_vocab().items()),
-        "special": sorted(special.items()),
-        "probes": [tokenizer(text)["input_ids"] for text in _PROBES],
-    }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and hasattr(backend, "to_str"):
-        pipeline = json.loads(backend.to_str())
-        state["pipeline"] = {k: v for k, v in pipeline.items() if k not in ("padding", "truncation", "version")}
-    return _sha(json.dumps(state, ensure_ascii=True, sort_keys=True).encode())
-
-
-def fingerprint_template(tokenizer: Any) -> str:
-    """Return a hash of the chat template ("" when there is none)."""
-    template = getattr(tokenizer, "chat_template", None)
-    return _sha(json.dumps(template or "").encode())
-
-
-def check_same_base(found: BaseReference, expected: BaseReference, folder: Path | str) -> None:
-    """Refuse a base that is not the one a head was fitted on.
-
-    Raises:
-        HeadMismatchError: weights, tokenizer or chat template differ; the message names which.
-    """
-    names = {
-        "weights": "the base model's weights or configuration",
-        "tokenizer": "the tokenizer",
-        "template": "the chat template",
-    }
-    differing = [name for key, name in names.items() if getattr(found, key) != getattr(expected, key)]
-    if differing:
-        raise HeadMismatchError(
-            f"the head in {folder} was fitted on another base: {' and '.join(differing)} of {found.model} differ\n"
-            "use the base it was fitted on, or calibrate this one"
-        )
-
-
-def check_weights(folder: Path | str, expected: BaseReference, head_folder: Path | str) -> None:
-    """Like `check_same_base` for the weights alone, where no tokenizer is at hand."""
-    if fingerprint_weights(folder) != expected.weights:
-        raise HeadMismatchError(
-            f"the head in {head_folder} was fitted on another base: the weights or the configuration in {folder} differ\n"
-            "use the base it was fitted on, or calibrate this one"
-        )
-
-
-def _sha(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()[:32]

@@ -10,7 +10,6 @@ and vLLM choose code by it.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from llmrl.errors import ModelError
 from llmrl.files import write_json
+from llmrl.fingerprints import check_weights, fingerprint_weights, weight_files
 from llmrl.heads import (
     CONFIG_KEY,
     HEADS_FILE,
@@ -28,14 +28,11 @@ from llmrl.heads import (
     POOLING_KINDS,
     PREFIX,
     HeadsConfig,
-    apply_logits_heads,
     build_heads,
-    check_weights,
-    fingerprint_weights,
     load_head_tensors,
     save_head_tensors,
-    weight_files,
 )
+from llmrl.heads_forward import LogitsHeadsMixin, forward_with_heads
 
 CLASS_PREFIX = "Llmrl"
 _INDEX = "model.safetensors.index.json"
@@ -65,27 +62,12 @@ class _HeadsConfigMixin:
         return result
 
 
-class HeadsModelMixin:
-    """Adds `llmrl_heads` to a transformers causal LM and applies them to its logits."""
-
-    llmrl_heads: nn.ModuleDict
-    config: Any
+class HeadsModelMixin(LogitsHeadsMixin):
+    """A causal LM with `llmrl_heads` that is loaded from and saved to folders of llmrl."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.attach_heads(build_heads(HeadsConfig.from_json(config.llmrl)))
-
-    def attach_heads(self, heads: nn.ModuleDict) -> None:
-        """Replace the heads; an empty ModuleDict leaves the bare base."""
-        self.llmrl_heads = heads
-        self._llmrl_hidden: Tensor | None = None
-        handle = getattr(self, "_llmrl_hook", None)
-        if handle is not None:
-            handle.remove()
-        self._llmrl_hook = self.get_output_embeddings().register_forward_pre_hook(self._keep_hidden)  # type: ignore[attr-defined]
-
-    def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._llmrl_hidden = args[0]
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -139,27 +121,6 @@ class HeadsModelMixin:
         add_heads_to_index(Path(save_directory))
 
 
-def _forward_with_heads(base_forward: Any) -> Any:
-    names = list(inspect.signature(base_forward).parameters)[1:]
-
-    @functools.wraps(base_forward)  # generate() and Trainer read the base's signature through this
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(names, args, strict=False))
-        labels = kwargs.pop("labels", None)
-        as_tuple = kwargs.pop("return_dict", None) is False
-        outputs = base_forward(self, return_dict=True, **kwargs)
-        hidden, self._llmrl_hidden = self._llmrl_hidden, None
-        outputs.logits = apply_logits_heads(self.llmrl_heads, outputs.logits, hidden)
-        if labels is not None:
-            extra = {key: kwargs[key] for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
-            outputs.loss = self.loss_function(
-                logits=outputs.logits, labels=labels, vocab_size=self.config.vocab_size, **extra
-            )
-        return outputs.to_tuple() if as_tuple else outputs
-
-    return forward
-
-
 @functools.cache
 def model_class_for(architecture: str) -> Any:
     """Return the head-carrying subclass of the transformers class `architecture`, registered with the auto classes.
@@ -186,7 +147,7 @@ def model_class_for(architecture: str) -> Any:
             "__module__": __name__,
             "__doc__": f"{architecture} with llmrl heads.",
             "config_class": config_class,
-            "forward": _forward_with_heads(base.forward),
+            "forward": forward_with_heads(base.forward),
             "_keys_to_ignore_on_load_missing": [r"^llmrl_heads\."],
             "_keys_to_ignore_on_load_unexpected": [r"^llmrl_heads\."],
         },

@@ -100,9 +100,9 @@ def any_model(request, tiny_model):
 
 @pytest.fixture(scope="session")
 def save_head():
-    """Return `save_head(base_folder, folder, ...) -> heads`: a linear temperature head on the base, saved as llmrl does."""
+    """Return `save_head(base_folder, folder, ...) -> heads`: a temperature head on the base, saved as llmrl does."""
 
-    def save(base_folder, folder, *, merged=False, zero=False, method="ats-linear", **reference):
+    def save(base_folder, folder, *, architecture="linear", merged=False, zero=False, method="ats-linear", **reference):
         import json
         from dataclasses import replace
 
@@ -111,14 +111,18 @@ def save_head():
 
         from llmrl.base_model import load_tokenizer, reference_for
         from llmrl.heads import HeadsConfig, HeadSpec, build_head
+        from llmrl.logits_heads import initialise
         from llmrl.modeling import save_heads_folder
 
         config = json.loads((base_folder / "config.json").read_text())
-        spec = HeadSpec("temperature", "linear", config.get("hidden_size") or config["n_embd"])
+        width = config.get("hidden_size") or config["n_embd"]
+        attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8} if architecture == "transformer" else {}
+        inner = {} if architecture == "linear" else {"intermediate_size": 48}
+        spec = HeadSpec("temperature", architecture, width, **inner, **attention)
         heads = nn.ModuleDict({"temperature": build_head(spec)}).requires_grad_(False)
         if not zero:
             generator = torch.Generator().manual_seed(7)
-            width = spec.hidden_size
+            initialise(heads["temperature"], generator)
             heads["temperature"].weight.copy_(torch.randn(1, width, generator=generator) * 0.5 / width**0.5)
             heads["temperature"].bias.fill_(0.3)
         tokenizer = load_tokenizer(base_folder)

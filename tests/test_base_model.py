@@ -16,7 +16,7 @@ from llmrl.base_model import (
     reference_for,
 )
 from llmrl.errors import ModelError, UsageError
-from llmrl.heads import fingerprint_weights
+from llmrl.fingerprints import fingerprint_weights
 from llmrl.modeling import read_heads_config
 
 IDS = torch.arange(3, 20)[None]

@@ -9,11 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmrl.errors import HeadMismatchError, ModelError
-from llmrl.heads import (
-    HEADS_FILE,
-    BaseReference,
-    HeadsConfig,
-    HeadSpec,
+from llmrl.fingerprints import (
     check_same_base,
     check_weights,
     fingerprint_template,
@@ -21,6 +17,7 @@ from llmrl.heads import (
     fingerprint_weights,
     weight_files,
 )
+from llmrl.heads import HEADS_FILE, BaseReference, HeadsConfig, HeadSpec
 
 LINEAR = HeadSpec("temperature", "linear", 8)
 SCALAR = HeadSpec("temperature", "scalar", 8)

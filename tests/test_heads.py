@@ -10,19 +10,16 @@ from torch import nn
 from llmrl.errors import ModelError
 from llmrl.heads import (
     HEADS_FILE,
-    MAX_LOG_SCALE,
-    MIN_LOG_SCALE,
     BaseReference,
     HeadsConfig,
     HeadSpec,
     RewardHead,
-    TemperatureHead,
-    apply_logits_heads,
     build_head,
     build_heads,
     load_head_tensors,
     save_head_tensors,
 )
+from llmrl.logits_heads import MAX_LOG_SCALE, MIN_LOG_SCALE, TemperatureHead, apply_logits_heads
 from llmrl.modeling import read_heads_config, read_tensors
 
 LINEAR = HeadSpec("temperature", "linear", 8)
@@ -40,6 +37,10 @@ def random_(head, seed=0, spread=1.0):
     return head
 
 
+def scaled(head, logits, hidden):
+    return apply_logits_heads(nn.ModuleDict({"temperature": head}), logits, hidden)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -52,7 +53,7 @@ def seeded():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temperature_head_fresh_is_the_base_bit_for_bit(spec, dtype):
     hidden, logits = torch.randn(4, 5, 8).to(dtype) * 100, torch.randn(4, 5, 33).to(dtype) * 30
-    out = build_head(spec).apply_to_logits(logits, hidden)
+    out = scaled(build_head(spec), logits, hidden)
     assert out.dtype == torch.float32
     assert out.to(dtype).equal(logits)
     assert out.equal(logits.float())
@@ -65,7 +66,7 @@ def test_temperature_head_is_the_formula():
     assert tau.abs().max() < MAX_LOG_SCALE  # the clip has a test of its own
     torch.testing.assert_close(head(hidden)[:, 0].double(), tau, rtol=1e-5, atol=1e-6)
     expected = logits.double() * tau.exp()[:, None]
-    torch.testing.assert_close(head.apply_to_logits(logits, hidden).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scaled(head, logits, hidden).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", [LINEAR, SCALAR], ids=["linear", "scalar"])
@@ -74,7 +75,7 @@ def test_temperature_head_multiplier_stays_in_its_range(spec):
         head = build_head(spec)
         with torch.no_grad():
             head.bias.fill_(bias)
-        out = head.apply_to_logits(torch.ones(2, 4), torch.randn(2, 8))
+        out = scaled(head, torch.ones(2, 4), torch.randn(2, 8))
         torch.testing.assert_close(out, torch.full((2, 4), multiplier))
     assert pytest.approx(math.log(10)) == MAX_LOG_SCALE
     assert MIN_LOG_SCALE == -3.0
@@ -90,7 +91,7 @@ def test_temperature_head_keeps_neighbouring_bfloat16_logits_apart():
         head = build_head(SCALAR)
         with torch.no_grad():
             head.bias.fill_(tau)
-        out = head.apply_to_logits(logits, torch.zeros(200, 8, dtype=torch.bfloat16))
+        out = scaled(head, logits, torch.zeros(200, 8, dtype=torch.bfloat16))
         assert (out[:, 1] > out[:, 0]).all()
         assert (out[:, 3] > out[:, 2]).all()
 
@@ -114,7 +115,7 @@ def test_reward_head_scores_are_float32_and_linear():
 def test_apply_logits_heads_skips_heads_with_scores_of_their_own():
     heads = nn.ModuleDict({"reward": random_(RewardHead(REWARD)), "temperature": random_(TemperatureHead(LINEAR))})
     logits, hidden = torch.randn(2, 5), torch.randn(2, 8)
-    assert apply_logits_heads(heads, logits, hidden).equal(heads["temperature"].apply_to_logits(logits, hidden))
+    assert apply_logits_heads(heads, logits, hidden).equal(scaled(heads["temperature"], logits, hidden))
     assert apply_logits_heads(nn.ModuleDict(), logits, hidden) is logits
 
 
@@ -130,8 +131,12 @@ def test_build_heads_are_frozen_and_zero():
         (("temprature", "linear", 8), "unknown head kind 'temprature'; did you mean 'temperature'?"),
         (("temperature", "liner", 8), "unknown architecture 'liner' for a temperature head; did you mean 'linear'?"),
         (("reward", "scalar", 8), "unknown architecture 'scalar' for a reward head"),
-        (("temperature", "linear", 0), "a head needs hidden_size and outputs >= 1, got 0 and 1"),
-        (("reward", "linear", 8, 0), "got 8 and 0"),
+        (("temperature", "linear", 0), "a linear head needs hidden_size >= 1, got 0"),
+        (("reward", "linear", 8, 0), "needs outputs >= 1, got 0"),
+        (("temperature", "mlp", 8), "a mlp head needs intermediate_size >= 1, got 0"),
+        (("temperature", "transformer", 8, 1, 16, 4, 3, 8), "num_heads a multiple of num_kv_heads"),
+        (("temperature", "transformer", 8, 1, 16, 4, 2, 7), "an even head_dim"),
+        (("vector", "linear", 8, 100), "unknown architecture 'linear' for a vector head"),
         (("temperature", "linear", 8, 2), "a temperature head has 1 output, got 2"),
     ],
 )

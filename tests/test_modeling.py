@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmrl.modeling as modeling
 from llmrl.errors import HeadMismatchError, ModelError
-from llmrl.heads import HEADS_FILE, HeadsConfig, HeadSpec, build_heads, fingerprint_weights
+from llmrl.fingerprints import fingerprint_weights
+from llmrl.heads import HEADS_FILE, HeadsConfig, HeadSpec, build_heads
 from llmrl.modeling import LlmrlConfig, model_class_for, read_heads_config, save_heads_folder
 
 IDS = torch.randint(3, 500, (2, 14), generator=torch.Generator().manual_seed(1))

@@ -1,126 +1,101 @@
-"""Fitting temperatures on cached features: one number by search, a linear head by AdamW.
-
-The linear head sees standardised features and starts at the best single temperature for its own loss, so that it can only
-be better than that on the data it is fitted on; the epoch with the least validation loss is kept, epoch 0 included. The
-standardisation is folded into weight and bias at the end.
-"""
+"""Losses of cached features, and the fit of one number by search. `fit_heads` and `fit_vector` fit the rest."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmrl.ats.features import TokenFeatures
-from llmrl.ats.losses import calibration_loss
+from llmrl.ats.losses import Loss, Tempered, calibration_loss
 from llmrl.ats.metrics import expected_calibration_error
-from llmrl.heads import MAX_LOG_SCALE, MIN_LOG_SCALE, HeadSpec, TemperatureHead
+from llmrl.errors import DataError
+from llmrl.heads import HeadSpec
+from llmrl.logits_heads import MAX_LOG_SCALE, MIN_LOG_SCALE, TemperatureHead
 from llmrl_kernels import lse_interpolate
-
-EPOCHS = 10
-BATCH_TOKENS = 4096
-MIN_STEPS = 300  # small data sets get more epochs
-LEARNING_RATE = 1e-2
-WEIGHT_DECAY = 1e-4
 
 
 @dataclass(frozen=True)
 class FitRecord:
-    """One epoch of a fit."""
+    """One epoch of a fit; `alpha` of the smoothing losses, else None."""
 
     epoch: int
     fit_loss: float
     validation_loss: float
+    alpha: float | None = None
 
 
-def curve_loss(loss: str, features: TokenFeatures, log_scale: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Return the per-token loss at `log_scale` `[M]` of the tokens `rows` (None: all), through the curve; differentiable."""
-    lse = lse_interpolate(features.curve, features.slope, log_scale, rows)
-    picked = slice(None) if rows is None else rows
-    return calibration_loss(loss, lse, log_scale, features.gap[picked], features.correct[picked])
+def curve_loss(loss: Loss, features: TokenFeatures, log_scale: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Return values whose mean is the loss, through the curve; differentiable in `log_scale`.
+
+    Args:
+        loss: which.
+        features: N tokens; for the loss "answer" only graded ones, see `tokens_of_loss`.
+        log_scale: `[M]` of the tokens at the indices `tokens` `[M]` (None: of all).
+        tokens: for the loss "answer" all those of each answer, in order.
+    """
+    lse = lse_interpolate(features.curve, features.slope, log_scale, tokens)
+    picked = slice(None) if tokens is None else tokens
+    gap, graded = features.gap[picked], features.graded[picked]
+    at = Tempered(
+        lse=lse,
+        scale=log_scale.exp(),
+        gap=gap,
+        mean_gap=features.mean_gap[picked],
+        top_gap=features.top_gap[picked],
+        confidence_gap=torch.where(graded, gap, 0.0),
+        correct=features.correct[picked],
+        answer=features.window[picked].unique_consecutive(return_inverse=True)[1],
+    )
+    return calibration_loss(loss, at)
 
 
-def fit_temperature(features: TokenFeatures, loss: str) -> float:
-    """Return the log s in [-3, log 10] that minimises the mean loss; `loss` is one of LOSSES, or "ece"."""
+def tokens_of_loss(loss: Loss, features: TokenFeatures) -> TokenFeatures:
+    """Return the tokens that `loss` can be computed on: for "answer" those of graded answers, else all.
+
+    Raises:
+        DataError: the loss is "answer" and no answer is graded.
+    """
+    if loss.name != "answer":
+        return features
+    if not features.graded.any():
+        raise DataError("the loss 'answer' needs graded answers, and the data have none: use another --loss")
+    return features.select(features.graded)
+
+
+def fit_temperature(features: TokenFeatures, loss: Loss | None) -> float:
+    """Return the log s in [-3, log 10] that minimises the mean loss, or the ECE if `loss` is None."""
     if len(features) == 0:
         return 0.0
+    if loss is not None:
+        features = tokens_of_loss(loss, features)
 
     def score(log_scale: float) -> float:
         constant = torch.full((len(features),), log_scale)
-        if loss == "ece":
-            lse = lse_interpolate(features.curve, features.slope, constant)
-            confidence = torch.exp(-lse.clamp_min(0.0)).double().numpy()
-            return expected_calibration_error(confidence, features.correct.numpy())
+        if loss is None:
+            return expected_calibration_error(confidence(features, constant).numpy(), features.correct.numpy())
         return curve_loss(loss, features, constant).double().mean().item()
 
     # NLL is convex in s; ECE and the top-label loss are not everywhere, so a grid comes first
-    grid = torch.linspace(MIN_LOG_SCALE, MAX_LOG_SCALE, 54).tolist()
-    best = min(grid, key=score)
-    step = grid[1] - grid[0]
+    return line_search(score, MIN_LOG_SCALE, MAX_LOG_SCALE, 54)
+
+
+def line_search(score: Callable[[float], float], low: float, high: float, points: int) -> float:
+    """Return where `score` is least in [low, high]: the best of evenly spaced points, then of finer ones around it."""
+    grid = torch.linspace(low, high, points).tolist()
+    best, step = min(grid, key=score), grid[1] - grid[0]
     for _ in range(4):
-        fine = [best + step * (k / 4 - 1) for k in range(9)]
-        best = min((min(max(x, MIN_LOG_SCALE), MAX_LOG_SCALE) for x in fine), key=score)
+        best = min((min(max(best + step * (k / 4 - 1), low), high) for k in range(9)), key=score)
         step /= 4
     return best
 
 
-def fit_linear(
-    fit: TokenFeatures,
-    validation: TokenFeatures,
-    *,
-    loss: str,
-    seed: int,
-    on_epoch: Callable[[FitRecord], None] = lambda record: None,
-) -> TemperatureHead:
-    """Fit tau = w.h + b.
-
-    Args:
-        fit: tokens to fit on.
-        validation: tokens whose loss picks the epoch.
-        loss: one of LOSSES.
-        seed: of the order of the tokens.
-        on_epoch: called with each epoch's record.
-
-    Returns:
-        A head for the raw hidden states, float32.
-    """
-    mean, deviation = _moments(fit.hidden)
-    start = fit_temperature(fit, loss)
-    weight = nn.Parameter(torch.zeros(fit.hidden.shape[1]))
-    bias = nn.Parameter(torch.tensor(start))
-
-    def log_scales(hidden: Tensor) -> Tensor:
-        return (_standardise(hidden, mean, deviation) @ weight + bias).clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
-
-    def mean_loss(features: TokenFeatures) -> float:
-        with torch.no_grad():
-            scales = torch.cat([log_scales(part) for part in features.hidden.split(65536)])
-            return curve_loss(loss, features, scales).double().mean().item()
-
-    steps_per_epoch = max(1, math.ceil(len(fit) / BATCH_TOKENS))
-    epochs = max(EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch))
-    optimizer = torch.optim.AdamW([weight, bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps_per_epoch)
-    generator = torch.Generator().manual_seed(seed)
-    best = (mean_loss(validation), weight.detach().clone(), bias.detach().clone())
-    on_epoch(FitRecord(0, mean_loss(fit), best[0]))
-    for epoch in range(1, epochs + 1):
-        total = 0.0
-        for batch in torch.randperm(len(fit), generator=generator).split(BATCH_TOKENS):
-            value = curve_loss(loss, fit, log_scales(fit.hidden[batch]), batch).mean()
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            total += value.item() * len(batch)
-        score = mean_loss(validation)
-        on_epoch(FitRecord(epoch, total / len(fit), score))
-        if score < best[0]:
-            best = (score, weight.detach().clone(), bias.detach().clone())
-    return _fold(best[1], best[2], mean, deviation)
+def confidence(features: TokenFeatures, log_scale: Tensor) -> Tensor:
+    """Return the confidence of each token at `log_scale` `[N]`, through the curve, `[N]` float64."""
+    lse = lse_interpolate(features.curve, features.slope, log_scale).double().clamp_min(0.0)
+    return torch.exp(-(lse + log_scale.double().exp() * features.confidence_gap))
 
 
 def scalar_head(log_scale: float, hidden_size: int) -> TemperatureHead:
@@ -134,37 +109,4 @@ def scalar_head(log_scale: float, hidden_size: int) -> TemperatureHead:
 def shuffle_hidden(features: TokenFeatures, seed: int) -> TokenFeatures:
     """Return the same tokens with their hidden states dealt out at random: what a head can do without reading them."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-    return TokenFeatures(**{**vars(features), "hidden": features.hidden[order]})
-
-
-def head_log_scales(head: TemperatureHead, hidden: Tensor, block: int = 65536) -> Tensor:
-    """Return log s `[N]` of a head on hidden states `[N, H]`."""
-    with torch.inference_mode():
-        return torch.cat([head(part)[:, 0] for part in hidden.split(block)])
-
-
-def _moments(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    mean = torch.zeros(hidden.shape[1], dtype=torch.float64)
-    square = torch.zeros_like(mean)
-    for part in hidden.split(8192):
-        mean += part.double().sum(0)
-        square += part.double().square().sum(0)
-    mean /= len(hidden)
-    deviation = (square / len(hidden) - mean.square()).clamp_min(0).sqrt()
-    # a constant feature says nothing; dividing by its rounding noise would let it say something
-    deviation[deviation < 1e-6 * mean.abs().clamp_min(1e-6)] = math.inf
-    return mean.float(), deviation.float()
-
-
-def _standardise(hidden: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    return (hidden.float() - mean) / deviation
-
-
-def _fold(weight: Tensor, bias: Tensor, mean: Tensor, deviation: Tensor) -> TemperatureHead:
-    head = TemperatureHead(HeadSpec("temperature", "linear", weight.shape[0]))
-    raw = weight / deviation
-    with torch.no_grad():
-        assert head.weight is not None
-        head.weight.copy_(raw[None])
-        head.bias.copy_((bias.double() - raw.double() @ mean.double()).float())
-    return head.requires_grad_(False)
+    return replace(features, row=features.row[order], offsets=features.offsets[:0])

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from llmrl.config import option
 from llmrl.errors import UsageError
 
-NONE, TEMPERATURE, TEMPERATURE_ECE = "none", "temperature", "temperature-ece"
-LINEAR, SHUFFLED = "ats-linear", "ats-shuffled"
+NONE, TEMPERATURE, TEMPERATURE_ECE, VECTOR = "none", "temperature", "temperature-ece", "vector"
+LINEAR, MLP, TRANSFORMER, SHUFFLED = "ats-linear", "ats-mlp", "ats-transformer", "ats-shuffled"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-METHODS = ("auto", TEMPERATURE, TEMPERATURE_ECE, LINEAR)
+AUTO, ALL, PAPER = "auto", "all", "paper"
+METHODS = (AUTO, ALL, TEMPERATURE, TEMPERATURE_ECE, VECTOR, LINEAR, MLP, TRANSFORMER, PAPER)
+LOSSES = (
+    "top_label", "nll", "nll+top_label", "top_label_brier", "smoothing", "smoothing-reference", "smoothing-topk", "answer",
+)  # fmt: skip
+ANSWER_CONFIDENCES = ("mean", "geometric_mean", "product", "min", "first", "last")
+DEFAULT_LOSS = "top_label"
 
 
 @dataclass
@@ -18,11 +24,34 @@ class CalibrateConfig:
     """Options of `llmrl calibrate`."""
 
     model: str | None = option(None, help="base model: a folder, or a hub name")
-    data: list[str] = option([], help="files (.jsonl[.gz], .parquet, .txt[.gz]) or data sets by name (NAME[:SPLIT])")
+    data: list[str] = option(
+        [],
+        help="files (.jsonl[.gz], .parquet, .txt[.gz]) or data sets by name (NAME[:SPLIT]); rows with text, prompt and "
+        "completion, messages, question and answers, or question, choices and answer",
+    )
     output_dir: str | None = option(None, help="where the calibrated model goes")
-    method: str = option("auto", choices=METHODS, help="auto fits all and keeps the best on validation")
-    loss: str = option("top_label", choices=("top_label", "nll", "nll+top_label"), help="loss of ats-linear")
+    method: str = option(
+        AUTO,
+        choices=METHODS,
+        help="auto fits the scalars and ats-linear, all fits every one, and the best on validation is kept; paper is "
+        "ats-transformer with --loss smoothing",
+    )
+    loss: str = option(DEFAULT_LOSS, choices=LOSSES, help="of the heads that read hidden states")
+    on_policy: bool = option(
+        False, help="fit on answers the model gives itself to rows with question and answers, graded"
+    )
+    samples: int = option(1, help="with --on_policy, answers a question: 1 is greedy, more are drawn at temperature 1")
+    rollout_backend: str = option(
+        "auto", choices=("auto", "transformers", "vllm"), help="with --on_policy, what samples the answers"
+    )
+    answer_confidence: str = option(
+        "mean", choices=ANSWER_CONFIDENCES, help="with --on_policy, how the tokens' probabilities become the answer's"
+    )
     merge: bool = option(False, help="copy the base's weights in, so that the folder stands alone")
+    with_code: bool = option(
+        False, help="with --merge, write a modelling file too: others open it with trust_remote_code and no llmrl"
+    )
+    fold: bool = option(False, help="with one temperature: fold it into the weights and write a plain checkpoint")
     verify: str | None = option(None, help="refit nothing: score this calibrated folder on --data, write verify.json")
     check_serving: bool = option(False, help="start vLLM on the result and compare its logprobs with transformers")
     seed: int = option(0, help="of the split, the fits and the bootstrap")
@@ -47,7 +76,8 @@ class CalibrateConfig:
             missing = "MODEL, a folder or hub name" if self.model is None else "--output_dir, where the result goes"
             raise UsageError(f"missing {missing}")
         if self.verify is not None:
-            given = [name for name in ("merge", "check_serving", "overwrite") if getattr(self, name)]
+            refits = ("merge", "with_code", "fold", "on_policy", "check_serving", "overwrite")
+            given = [name for name in refits if getattr(self, name)]
             given += ["num_seeds"] if self.num_seeds != 1 else []
             given += ["resume_from_checkpoint"] if self.resume_from_checkpoint else []
             if given:
@@ -59,7 +89,8 @@ class CalibrateConfig:
                 f"--resume_from_checkpoint {self.resume_from_checkpoint}: write it without a value; what was finished lies "
                 "beside --output_dir"
             )
-        for name in ("max_tokens", "batch_size", "num_seeds", "bootstrap_draws"):
+        self._check_combinations()
+        for name in ("max_tokens", "batch_size", "num_seeds", "bootstrap_draws", "samples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.max_length is not None and self.max_length < 2:
@@ -67,9 +98,41 @@ class CalibrateConfig:
         if self.seed < 0:
             raise UsageError(f"--seed must not be negative, got {self.seed}")
 
+    def _check_combinations(self) -> None:
+        if self.with_code and not self.merge:
+            raise UsageError("--with_code needs --merge: without the weights beside it nobody else can open the folder")
+        if self.fold and self.method not in (TEMPERATURE, TEMPERATURE_ECE):
+            raise UsageError(
+                f"--fold needs one number for all tokens: --method {TEMPERATURE} or {TEMPERATURE_ECE}, not {self.method}"
+            )
+        if self.fold and (self.merge or self.check_serving):
+            raise UsageError("--fold writes a plain checkpoint of its own; leave --merge and --check_serving out")
+        if self.method == PAPER and self.loss != DEFAULT_LOSS:
+            raise UsageError(
+                f"--method {PAPER} has its own loss; for another one say --method {TRANSFORMER} --loss {self.loss}"
+            )
+        if not self.on_policy:
+            for name, default in (("samples", 1), ("rollout_backend", "auto"), ("answer_confidence", "mean")):
+                if getattr(self, name) != default:
+                    raise UsageError(f"--{name} has no meaning without --on_policy")
+            if self.loss == "answer":
+                raise UsageError("--loss answer needs graded answers: --on_policy")
+
+    @property
+    def fitted_loss(self) -> str:
+        """The loss of the heads that read hidden states."""
+        return "smoothing" if self.method == PAPER else self.loss
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether a method reads the hidden states of whole windows."""
+        return TRANSFORMER in self.fitted_methods()
+
     def fitted_methods(self) -> list[str]:
         """Return the rows of the table, in order."""
-        if self.method == "auto":
+        if self.method == AUTO:
             return [NONE, TEMPERATURE, TEMPERATURE_ECE, LINEAR, SHUFFLED]
-        named = [] if self.method == TEMPERATURE else [self.method]
+        if self.method == ALL:
+            return [NONE, TEMPERATURE, TEMPERATURE_ECE, VECTOR, LINEAR, MLP, TRANSFORMER, SHUFFLED]
+        named = [] if self.method == TEMPERATURE else [TRANSFORMER if self.method == PAPER else self.method]
         return [NONE, TEMPERATURE, *named, SHUFFLED]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmrl.ats.metrics import LOWER_IS_BETTER, METRICS
+from llmrl.ats.metrics import LOWER_IS_BETTER
 from llmrl.ats.options import NONE, SHUFFLED, TEMPERATURE, TEMPERATURE_ECE
 
 _TITLES = {
@@ -14,16 +14,25 @@ _TITLES = {
     "brier": "Brier",
     "auroc": "AUROC",
     "accuracy": "accuracy",
+    "smooth_ece": "smooth ECE",
+    "brier_reliability": "Brier reliability",
+    "brier_resolution": "Brier resolution",
+    "aurc": "AURC",
+    "ece_debiased": "debiased L2 error",
 }
+# of METRICS: what fits on a screen; report.json has all
+TABLE = ("ece", "smooth_ece", "nll", "brier", "auroc", "accuracy")
+# an ECE near its own noise has intervals that are too narrow; those of the reliability term hold
+_SAID = ("ece", "brier_reliability", "nll", "brier")
 _CONTROL = "(control)"
 
 
 def markdown_table(methods: dict[str, dict[str, dict[str, float]]]) -> str:
     """Return the table of one test slice: value and 95% interval, the best value of a column marked with *."""
-    rows = [["method", *(_TITLES[m] for m in METRICS)]]
+    rows = [["method", *(_TITLES[m] for m in TABLE)]]
     for name, scores in methods.items():
         label = f"{name} {_CONTROL}" if name == SHUFFLED else name
-        rows.append([label, *(_cell(scores[m], _is_best(methods, name, m)) for m in METRICS)])
+        rows.append([label, *(_cell(scores[m], _is_best(methods, name, m)) for m in TABLE)])
     return _align(rows)
 
 
@@ -81,7 +90,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
 
 def _verdicts(seeds: list[dict[str, Any]], method: str, reference: str) -> str:
     parts = []
-    for metric in ("ece", "nll", "brier"):
+    for metric in _SAID:
         found = [_verdict(seed["differences"][f"{method} - {reference}"][metric], metric) for seed in seeds]
         if len(seeds) == 1:
             parts.append(f"{_TITLES[metric]} {found[0]}")
@@ -96,11 +105,3 @@ def _verdict(difference: dict[str, float], metric: str) -> str:
     if low is None or high is None or low != low or low <= 0 <= high:
         return "no different"
     return "better" if (high < 0) == (metric in LOWER_IS_BETTER) else "worse"
-
-
-def excluded_line(excluded: dict[str, int], rows: int) -> str | None:
-    """Return the sentence about rows that were left out, or None."""
-    if not excluded:
-        return None
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(excluded.items()))
-    return f"excluded of {rows} rows: {reasons}"

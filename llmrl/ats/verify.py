@@ -9,25 +9,22 @@ from typing import Any
 
 import torch
 
-from llmrl.ats.calibrate import printer, select_windows
 from llmrl.ats.data import read_rows
 from llmrl.ats.evaluate import predict
-from llmrl.ats.features import OutputLayer, extract_features
-from llmrl.ats.fit import head_log_scales
+from llmrl.ats.extract import extract_features
+from llmrl.ats.fit_vector import predict_vector
 from llmrl.ats.metrics import compare_methods
 from llmrl.ats.options import NONE, CalibrateConfig
+from llmrl.ats.output_layer import OutputLayer
+from llmrl.ats.prepare import printer, select_windows
 from llmrl.ats.report import markdown_table
+from llmrl.ats.run_heads import head_log_scales
 from llmrl.base_model import BaseModel, load_base, load_tokenizer, reference_for
 from llmrl.errors import ModelError, UsageError
 from llmrl.files import looks_like_file, write_json
-from llmrl.heads import (
-    HEADS_FILE,
-    HeadsConfig,
-    TemperatureHead,
-    build_heads,
-    check_same_base,
-    load_head_tensors,
-)
+from llmrl.fingerprints import check_same_base
+from llmrl.heads import HEADS_FILE, HeadsConfig, build_heads, load_head_tensors
+from llmrl.logits_heads import TemperatureHead, VectorHead
 from llmrl.modeling import read_heads_config, read_tensors
 from llmrl.training.distributed import check_processes
 from llmrl.training.tracking import progress_bar
@@ -49,9 +46,11 @@ def verify(config: CalibrateConfig) -> dict[str, Any]:
     base = _load_and_check(config, folder, spec)
     heads = build_heads(spec)
     load_head_tensors(heads, read_tensors(folder / HEADS_FILE))
-    head = heads["temperature"]
-    assert isinstance(head, TemperatureHead)
-    found, windows = select_windows(config, rows, base, say)
+    head = next((head for head in heads.values() if isinstance(head, TemperatureHead | VectorHead)), None)
+    if head is None:
+        raise ModelError(f"{folder} has a reward head, and no head that changes probabilities: nothing to verify")
+    prepared = select_windows(config, rows, base, say)
+    found, windows = prepared.found, prepared.windows
     with (
         tempfile.TemporaryDirectory() as cache,
         progress_bar("features", len(windows), unit="window", quiet=config.quiet) as advance,
@@ -62,16 +61,21 @@ def verify(config: CalibrateConfig) -> dict[str, Any]:
             batch_size=config.batch_size,
             cache_dir=Path(cache),
             fingerprint=base.reference.weights,
+            sequences=head.reads_sequence,
             progress=advance,
         )
     method = spec.method or "saved"
-    scales = {NONE: torch.zeros(len(features)), method: head_log_scales(head, features.hidden)}
-    predictions = predict(features, OutputLayer.of(base.model), scales)
+    layer, scales = OutputLayer.of(base.model), {NONE: torch.zeros(len(features))}
+    if isinstance(head, TemperatureHead):
+        scales[method] = head_log_scales(head, features)
+    predictions = predict(features, layer, scales)
+    if isinstance(head, VectorHead):
+        predictions[method] = predict_vector(head, layer, features)
     methods, differences = compare_methods(
         predictions, seed=config.seed, draws=config.bootstrap_draws, pairs=[(method, NONE)] if method != NONE else []
     )
     result = {
-        "level": "token",
+        "level": prepared.level,
         "methods": methods,
         "differences": differences,
         "selected": method,
@@ -82,7 +86,9 @@ def verify(config: CalibrateConfig) -> dict[str, Any]:
     target = Path(config.output_dir).expanduser() if config.output_dir else folder
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "verify.json", result)
-    say(f"\n{len(features):,} tokens; 95% intervals\n\n{markdown_table(methods)}\n\nsaved: {target / 'verify.json'}")
+    say(
+        f"\n{len(features):,} {prepared.level}s; 95% intervals\n\n{markdown_table(methods)}\n\nsaved: {target / 'verify.json'}"
+    )
     return result
 
 

@@ -110,7 +110,7 @@ def _check_shapes(weights: Path, folder: Path, base: Path | str | None) -> None:
     """Compare the layers an adapter changes with the checkpoint: another model's adapter may load and mean nothing."""
     from safetensors import safe_open
 
-    from llmrl.heads import weight_files
+    from llmrl.fingerprints import weight_files
 
     try:
         with safe_open(str(weights), framework="pt") as tensors:

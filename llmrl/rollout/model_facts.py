@@ -11,7 +11,8 @@ from typing import Any
 from llmrl.base_model import check_model_folder, load_tokenizer
 from llmrl.errors import ModelError
 from llmrl.files import resolve_reference
-from llmrl.heads import HEADS_FILE, fingerprint_weights
+from llmrl.fingerprints import fingerprint_weights
+from llmrl.heads import HEADS_FILE
 from llmrl.modeling import local_folder, read_heads_config
 
 _NO_LIMIT = 1 << 20

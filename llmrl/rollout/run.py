@@ -32,7 +32,7 @@ from llmrl.errors import (
     UnansweredError,
     UsageError,
 )
-from llmrl.heads import fingerprint_template, fingerprint_tokenizer
+from llmrl.fingerprints import fingerprint_template, fingerprint_tokenizer
 from llmrl.rollout.adapters import check_adapter
 from llmrl.rollout.backends import choose_backend, open_engine
 from llmrl.rollout.engine import BaseEngine, gather

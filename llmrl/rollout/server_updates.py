@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrl.errors import EngineError, SyncError
-from llmrl.heads import PREFIX, weight_files
+from llmrl.fingerprints import weight_files
+from llmrl.heads import PREFIX
 from llmrl.rollout.http import Refusal, ServerBusy, ServerFault
 from llmrl.rollout.server_pool import Member, Pool
 from llmrl.rollout.transfer import TransferFolder

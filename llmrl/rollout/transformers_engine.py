@@ -57,6 +57,7 @@ class TransformersEngine(BaseEngine):
         batch_size: Most requests decoded together. With 1 a seed gives the same bytes whatever else runs.
         max_model_len: A shorter context than the model's own.
         adapter: Folder of a PEFT adapter to start with.
+        loaded: The model itself, if it is in memory already; dtype and device are then its own.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TransformersEngine(BaseEngine):
         batch_size: int = 32,
         max_model_len: int | None = None,
         adapter: Path | str | None = None,
+        loaded: Any = None,
     ) -> None:
         facts = read_facts(model, max_model_len=max_model_len)
         super().__init__(
@@ -76,7 +78,9 @@ class TransformersEngine(BaseEngine):
         if batch_size < 1:
             raise RequestError(f"batch_size: expected at least 1, got {batch_size}")
         on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
-        self._model = open_causal_lm(model, dtype="float32" if dtype == "auto" and on_cpu else dtype, device=device)
+        if loaded is None:
+            loaded = open_causal_lm(model, dtype="float32" if dtype == "auto" and on_cpu else dtype, device=device)
+        self._model = loaded
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self._folder, self._batch_size = facts.folder, batch_size
         self._version = self._base_version = PolicyVersion(0, facts.fingerprint)

@@ -26,7 +26,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from llmrl.errors import ModelError, SyncError
-from llmrl.heads import PREFIX, weight_files
+from llmrl.fingerprints import weight_files
+from llmrl.heads import PREFIX
 from llmrl.rollout.weight_files import WEIGHTS_TOUCHED, check_names, read_weights, shown
 from llmrl.rollout.weights import disk_weights
 

@@ -2,97 +2,10 @@ import gzip
 import json
 
 import pytest
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from token_support import ANSWER, QUESTION
 
-from llmrl.ats.data import Row, make_windows, read_rows
+from llmrl.ats.data import level_of, read_rows
 from llmrl.errors import DataError, UsageError
-
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|bos|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-SENTENCES = [
-    "The cat sat on the mat. What is the capital of France? Paris is the capital. <think>hm</think> user assistant"
-]
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-# drops the thoughts of every assistant turn but the last one, as templates of reasoning models do
-REWRITING = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'].split('</think>')[-1] if not loop.last else m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# the generation prompt opens a thought that a finished turn need not hold
-OPENS_THOUGHT = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-ALTERNATING = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
-)
-
-QUESTION = {"role": "user", "content": "What is the capital?"}
-ANSWER = {"role": "assistant", "content": "Paris"}
-
-
-@pytest.fixture(scope="module")
-def plain():
-    """A byte-level BPE tokenizer that adds no BOS, as Qwen's."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        SENTENCES * 4, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|bos|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    return tokenizer
-
-
-def with_template(tokenizer, template):
-    import copy
-
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-class Characters(transformers.PreTrainedTokenizer):
-    """A tokenizer in Python, without offsets."""
-
-    def __init__(self, **kwargs):
-        self.letters = [chr(i) for i in range(32, 127)]
-        super().__init__(**kwargs)
-
-    @property
-    def vocab_size(self):
-        return len(self.letters)
-
-    def get_vocab(self):
-        return {c: i for i, c in enumerate(self.letters)}
-
-    def _tokenize(self, text):
-        return list(text)
-
-    def _convert_token_to_id(self, token):
-        return self.letters.index(token)
-
-    def _convert_id_to_token(self, index):
-        return self.letters[index]
-
-
-def row(**fields):
-    return Row(fields, "data.jsonl:1", "data.jsonl")
-
-
-def scored_text(tokenizer, window):
-    ids = [i for i, counts in zip(window.token_ids, window.scored, strict=True) if counts]
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def write(path, text):
@@ -224,187 +137,113 @@ def test_read_rows_unknown_data_set_name():
         read_rows(["nobody/nothing"])
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- questions --------------------------------------------------------------------------------------------------------
 
-LONG = "The cat sat on the mat. What is the capital of France? " * 20
-
-
-@pytest.mark.parametrize("max_length", [2, 7, 50, 10_000])
-def test_make_windows_text_covers_every_token_once_with_bos(max_length, stories_tokenizer):
-    found = make_windows([row(text=LONG)], stories_tokenizer, max_length)
-    ids = stories_tokenizer(LONG, add_special_tokens=False)["input_ids"]
-    assert [i for w in found.windows for i in w.token_ids[1:]] == ids
-    assert found.tokens == len(ids)
-    for w in found.windows:
-        assert len(w.token_ids) <= max_length
-        assert w.token_ids[0] == stories_tokenizer.bos_token_id
-        assert w.scored == [False] + [True] * (len(w.token_ids) - 1)
-        assert (w.row, w.source, w.where) == (0, "data.jsonl", "data.jsonl:1")
+CHOICES = {"question": "2+2?", "choices": ["3", "4", "5"], "answer": 1}
+FREE = {"question": "Capital of France?", "answers": ["Paris", "City of Paris"]}
 
 
-@pytest.mark.parametrize("max_length", [7, 50, 10_000])
-def test_make_windows_text_covers_every_token_once_without_bos(max_length, plain):
-    found = make_windows([row(text=LONG)], plain, max_length)
-    ids = plain(LONG)["input_ids"]
-    assert plain.bos_token_id not in ids
-    covered = [i for w in found.windows for i in w.token_ids]
-    # a last window of one token has nothing to be predicted from
-    assert covered == ids[: len(covered)]
-    assert len(ids) - len(covered) in (0, 1)
-    assert all(w.scored == [False] + [True] * (len(w.token_ids) - 1) for w in found.windows)
+def read(tmp_path, *rows):
+    return read_rows([write(tmp_path / "q.jsonl", "\n".join(map(json.dumps, rows)))])
 
 
-def test_make_windows_needs_no_pad_token(stories_tokenizer):
-    assert stories_tokenizer.pad_token is None
-    rows = [row(text="a cat"), row(text="a much longer text"), row(prompt="a", completion=" cat")]
-    assert len(make_windows(rows, stories_tokenizer, 100).windows) == 3
-
-
-# --- prompt and completion --------------------------------------------------------------------------------------------
+def test_read_rows_multiple_choice_by_index_or_letter(tmp_path):
+    rows = read(tmp_path, {**CHOICES, "subject": "sums"}, {**CHOICES, "answer": "B"}, {**CHOICES, "answer": " c "})
+    assert [row.fields for row in rows] == [CHOICES, CHOICES, {**CHOICES, "answer": 2}]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "scored"),
+    "fields",
     [
-        ("What is the capital?", " Paris is.", " Paris is."),
-        ("", "The cat sat", None),
-        ("What is", "\nThe cat", "\nThe cat"),
-        ("naïve ∑", " 漢字 🙂", " 漢字 🙂"),
-        # the space and the P are one token, which begins in the prompt
-        ("The capital ", "Paris is the cat", " is the cat"),
+        {"answers": ["Paris", "City of Paris", "Paris"]},
+        {"answer": ["Paris", "City of Paris"]},
+        {"answer": {"value": "Paris", "aliases": ["Paris", "City of Paris"], "normalized_aliases": ["paris"]}},
+    ],
+    ids=["answers", "answer", "hub"],
+)
+def test_read_rows_free_answers_under_the_names_of_the_public_sets(fields, tmp_path):
+    (row,) = read(tmp_path, {"id": "tri1", "question": FREE["question"], **fields, "false_answer": "Lyon"})
+    assert row.fields == FREE
+    assert row.id == "tri1"
+
+
+def test_read_rows_worked_solutions(tmp_path):
+    hub, local = read(
+        tmp_path, {"question": "?", "answer": "1+1 #### 2"}, {"question": "?", "solution": "#### 2", "final": "2"}
+    )
+    assert hub.fields["answers"] == ["1+1 #### 2"]
+    assert local.fields["answers"] == ["#### 2"]
+
+
+@pytest.mark.parametrize("name", ["mc1", "mc1_targets"])
+def test_read_rows_truthfulqa_deals_the_choices_out_anew(name, tmp_path):
+    """In the file the right one always comes first."""
+    texts = ["right", "wrong", "also wrong", "no"]
+    labels = [1, 0, 0, 0]
+    targets = (
+        [[t, x] for t, x in zip(texts, labels, strict=True)] if name == "mc1" else {"choices": texts, "labels": labels}
+    )
+    rows = read(tmp_path, *[{"question": f"Question {i}?", name: targets, "mc2": targets} for i in range(200)])
+    assert all(sorted(row.fields["choices"]) == sorted(texts) for row in rows)
+    assert all(row.fields["choices"][row.fields["answer"]] == "right" for row in rows)
+    places = [sum(row.fields["answer"] == i for row in rows) for i in range(4)]
+    assert min(places) > 30  # 50 each is expected, with a deviation of 6
+    assert [row.fields for row in read(tmp_path, {"question": "Question 7?", name: targets})] == [rows[7].fields]
+
+
+def test_read_rows_ids_are_the_files_own(tmp_path):
+    rows = read(tmp_path, {**FREE, "id": 7}, {**FREE, "id": "a"}, FREE, {**FREE, "id": True}, {**FREE, "id": ""})
+    assert [row.id for row in rows] == ["7", "a", None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**CHOICES, "choices": []}, r"'choices' must be a list of 2 to 26 texts, got 0 of them"),
+        ({**CHOICES, "choices": ["4"]}, r"2 to 26 texts, got 1 of them"),
+        ({**CHOICES, "choices": ["4"] * 27}, r"2 to 26 texts, got 27 of them"),
+        ({**CHOICES, "choices": "3, 4"}, r"2 to 26 texts, got str"),
+        ({**CHOICES, "choices": ["3", 4]}, r"'choices' must be texts that are not empty, got 4"),
+        ({**CHOICES, "choices": ["3", " "]}, r"'choices' must be texts that are not empty, got ' '"),
+        ({**CHOICES, "answer": 3}, r"index of a choice, 0 to 2, or its letter, A to C; got 3"),
+        ({**CHOICES, "answer": -1}, r"0 to 2, .* got -1"),
+        ({**CHOICES, "answer": True}, r"0 to 2, .* got True"),
+        ({**CHOICES, "answer": 1.0}, r"0 to 2, .* got 1\.0"),
+        ({**CHOICES, "answer": "D"}, r"0 to 2, .* got 'D'"),
+        ({**CHOICES, "answer": "1"}, r"0 to 2, .* got '1'"),
+        ({**CHOICES, "answer": "ä"}, r"0 to 2, .* got 'ä'"),
+        ({**CHOICES, "answer": "four"}, r"0 to 2, .* got 'four'"),
+        ({**CHOICES, "answer": None}, r"0 to 2, .* got None"),
+        ({**CHOICES, "question": " "}, r"'question' is empty"),
+        ({"question": 5, "answers": ["5"]}, r"'question' must be a string, got int"),
+        ({"question": "?"}, r"'question' needs 'choices' with 'answer', or 'answers'; has: question"),
+        ({"question": "?", "answers": []}, r"'answers' must be a text or a list of texts, got \[\]"),
+        ({"question": "?", "answers": ["a", ""]}, r"'answers' must hold texts that are not empty, got ''"),
+        ({"question": "?", "answer": 4}, r"'answer' must be a text or a list of texts, got 4"),
+        ({"question": "?", "answers": ["a\ud800"]}, r"half of a surrogate pair"),
+        (
+            {"question": "?", "mc1": [["a", 1], ["b", 1]]},
+            r"'mc1' must list choices, each with a label, and one label that is 1",
+        ),
+        ({"question": "?", "mc1": [["a", 1], ["b"]]}, r"'mc1' must list choices"),
+        ({"question": "?", "mc1_targets": {"choices": ["a", "b"], "labels": [1]}}, r"'mc1_targets' must list choices"),
+        ({"questoin": "?"}, r"did you mean 'question'\?"),
     ],
 )
-def test_make_windows_scores_the_completion_of_jointly_encoded_text(prompt, completion, scored, plain):
-    (found,) = make_windows([row(prompt=prompt, completion=completion)], plain, 200).windows
-    assert found.token_ids == plain(prompt + completion)["input_ids"]
-    expected = plain.decode(plain(completion)["input_ids"][1:]) if scored is None else scored
-    if prompt.endswith(" "):
-        assert plain("x Paris")["input_ids"][1:] == plain(" Paris")["input_ids"]
-        assert scored_text(plain, found).endswith(scored)
-        assert not scored_text(plain, found).startswith(" P")
-    else:
-        assert scored_text(plain, found) == expected
+def test_read_rows_refuses_questions_with_file_and_line(row, message, tmp_path):
+    with pytest.raises(DataError, match=rf"q\.jsonl:2: .*{message}"):
+        read(tmp_path, FREE if "choices" not in row else CHOICES, row)
 
 
-def test_make_windows_never_scores_the_bos_of_an_empty_prompt(stories_tokenizer):
-    (found,) = make_windows([row(prompt="", completion="a cat")], stories_tokenizer, 200).windows
-    assert found.token_ids[0] == stories_tokenizer.bos_token_id
-    assert found.scored[0] is False
-    assert all(found.scored[1:])
+def test_level_of_multiple_choice_is_answer_and_of_the_rest_token(tmp_path):
+    assert level_of(read(tmp_path, CHOICES, CHOICES)) == "answer"
+    assert level_of(read(tmp_path, FREE, {"text": "a"}, FORMS[1])) == "token"
 
 
-def test_make_windows_slow_tokenizer_encodes_the_parts():
-    tokenizer = Characters()
-    assert not tokenizer.is_fast
-    (found,) = make_windows([row(prompt="ab ", completion="cd")], tokenizer, 200).windows
-    assert found.token_ids == [ord(c) - 32 for c in "ab cd"]
-    assert found.scored == [False, False, False, True, True]
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-CHAT = [
-    {"role": "system", "content": "The cat"},
-    QUESTION,
-    {"role": "assistant", "content": "<think>hm</think>Paris"},
-    {"role": "user", "content": "the mat?"},
-    {"role": "assistant", "content": "<think>What</think>sat on"},
-]
-
-
-@pytest.mark.parametrize(
-    ("template", "end"), [(CHATML, "<|im_end|>\n"), (LLAMA3, "<|eot_id|>")], ids=["chatml", "llama3"]
-)
-def test_make_windows_messages_scores_every_assistant_turn(template, end, plain):
-    tokenizer = with_template(plain, template)
-    (found,) = make_windows([row(messages=CHAT)], tokenizer, 500).windows
-    whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    assert tokenizer.decode(found.token_ids, clean_up_tokenization_spaces=False) == whole
-    assert scored_text(tokenizer, found) == f"<think>hm</think>Paris{end}<think>What</think>sat on{end}"
-
-
-def test_make_windows_messages_of_a_template_that_rewrites_history_gives_a_window_a_turn(plain):
-    tokenizer = with_template(plain, REWRITING)
-    first, second = make_windows([row(messages=CHAT)], tokenizer, 500).windows
-    assert scored_text(tokenizer, first) == "<think>hm</think>Paris<|im_end|>\n"
-    assert scored_text(tokenizer, second) == "<think>What</think>sat on<|im_end|>\n"
-    assert "hm" not in tokenizer.decode(second.token_ids)
-    assert first.row == second.row == 0
-
-
-def test_make_windows_messages_generation_prompt_that_finished_turns_lack(plain):
-    tokenizer = with_template(plain, OPENS_THOUGHT)
-    (found,) = make_windows([row(messages=[QUESTION, ANSWER])], tokenizer, 500).windows
-    assert scored_text(tokenizer, found).endswith("Paris<|im_end|>\n")
-    assert "What is the capital" not in scored_text(tokenizer, found)
-
-
-def test_make_windows_messages_generation_prompt_that_ends_in_a_space(plain):
-    """The space and the answer's first word are one token: the header stays out of what is scored."""
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    tokenizer = with_template(plain, template + "{% if add_generation_prompt %}assistant: {% endif %}")
-    assert plain("x Paris")["input_ids"][1:] == plain(" Paris")["input_ids"]
-    two = [QUESTION, ANSWER, QUESTION, {"role": "assistant", "content": "The mat"}]
-    (found,) = make_windows([row(messages=two)], tokenizer, 500).windows
-    assert tokenizer.decode(found.token_ids) == tokenizer.apply_chat_template(two, tokenize=False)
-    assert scored_text(tokenizer, found) == " Paris\nThe mat\n"
-
-
-def test_make_windows_messages_counts_turns_the_template_does_not_let_score(plain):
-    # the first turn answers nothing
-    chatml = with_template(plain, CHATML)
-    opening = [ANSWER, QUESTION, ANSWER]
-    rows = [row(messages=[QUESTION, ANSWER])] * 2 + [row(messages=opening), row(messages=[ANSWER])]
-    found = make_windows(rows, chatml, 500)
-    assert found.excluded == {"part_of_row_turn_not_scored": 1, "turn_not_scored": 1}
-    assert [w.row for w in found.windows] == [0, 1, 2]
-    # what the second turn follows is not what was there before it
-    counting = with_template(plain, "{{ [messages | length, 3] | max }} " + CHATML)
-    found = make_windows([row(messages=CHAT[1:])] * 2, counting, 500)
-    assert found.excluded == {"part_of_row_turn_not_scored": 2}
-    assert [scored_text(counting, w) for w in found.windows] == ["<think>hm</think>Paris<|im_end|>\n"] * 2
-    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used \(turn_not_scored 2\)"):
-        make_windows(
-            [row(messages=[QUESTION, ANSWER])] * 2, with_template(plain, "{{ messages | length }}" + CHATML), 9
-        )
-
-
-def test_make_windows_messages_without_a_template(plain):
-    with pytest.raises(DataError, match=r"data\.jsonl:1: 'messages' need a chat template"):
-        make_windows([row(messages=[QUESTION, ANSWER])], plain, 100)
-
-
-def test_make_windows_messages_that_begin_with_the_assistant(plain):
-    tokenizer = with_template(plain, CHATML)
-    (found,) = make_windows([row(messages=[ANSWER, QUESTION, ANSWER])], tokenizer, 500).windows
-    # the first turn has no prompt it could be an answer to
-    assert scored_text(tokenizer, found) == "Paris<|im_end|>\n"
-
-
-def test_make_windows_messages_the_template_refuses_name_the_row(plain):
-    tokenizer = with_template(plain, ALTERNATING)
-    with pytest.raises(DataError, match=r"data\.jsonl:1: the chat template refuses .*roles must alternate"):
-        make_windows([row(messages=[QUESTION, QUESTION, ANSWER])], tokenizer, 500)
-
-
-# --- what is left out -------------------------------------------------------------------------------------------------
-
-
-def test_make_windows_counts_what_is_left_out_by_reason(plain):
-    tokenizer = with_template(plain, REWRITING)
-    thoughtful = {"role": "assistant", "content": "<think>hm</think>Paris"}
-    long_turn = {"role": "assistant", "content": LONG}
-    rows = [row(prompt="What is", completion=" the cat") for _ in range(4)]
-    rows += [row(prompt="What is", completion=LONG), row(prompt="What is", completion="")]
-    rows += [row(messages=[QUESTION]), row(messages=[QUESTION, thoughtful, QUESTION, long_turn])]
-    found = make_windows(rows, tokenizer, 60)
-    assert found.rows == 8
-    assert found.excluded == {"too_long": 1, "no_scored_tokens": 2, "part_of_row_too_long": 1}
-    assert [w.row for w in found.windows] == [0, 1, 2, 3, 7]
-
-
-def test_make_windows_half_left_out_is_fine_and_more_is_an_error(plain):
-    good, bad = row(prompt="What", completion=" cat"), row(prompt="What", completion=LONG)
-    assert len(make_windows([good, good, bad, bad], plain, 20).windows) == 2
-    with pytest.raises(DataError, match=r"3 of 5 rows cannot be used \(too_long 3\).*\n.*20 tokens.*--max_length"):
-        make_windows([good, good, bad, bad, bad], plain, 20)
+@pytest.mark.parametrize("other", [FREE, *FORMS])
+def test_read_rows_refuses_multiple_choice_beside_other_forms(other, tmp_path):
+    first, second = write(tmp_path / "a.jsonl", json.dumps(other)), write(tmp_path / "b.jsonl", json.dumps(CHOICES))
+    with pytest.raises(
+        DataError, match=r"b\.jsonl:1 is multiple choice and .*a\.jsonl:1 is not: .* one of them at a time"
+    ):
+        read_rows([first, second])

@@ -16,7 +16,7 @@ from llmrl.ats.fit import (
 )
 from llmrl.ats.options import LINEAR, NONE, SHUFFLED, TEMPERATURE, TEMPERATURE_ECE
 from llmrl.ats.splits import Split
-from llmrl.heads import MAX_LOG_SCALE, MIN_LOG_SCALE
+from llmrl.logits_heads import MAX_LOG_SCALE, MIN_LOG_SCALE
 
 DIRECTION = torch.tensor([0.5, -0.3, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0])
 

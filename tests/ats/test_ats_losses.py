@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import log_loss
 
 from llmrl.ats.losses import LOSSES, calibration_loss, nll, top_label_log_loss
-from llmrl.heads import MAX_LOG_SCALE, MIN_LOG_SCALE
+from llmrl.logits_heads import MAX_LOG_SCALE, MIN_LOG_SCALE
 from llmrl_kernels import curve_knots, lse_curve, lse_interpolate
 
 N, V = 200, 50

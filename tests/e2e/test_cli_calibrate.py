@@ -10,7 +10,10 @@ import pytest
 import torch
 import yaml
 
-METRICS = {"ece", "ece_equal_mass", "nll", "brier", "auroc", "accuracy"}
+METRICS = {
+    "ece", "ece_equal_mass", "nll", "brier", "auroc", "accuracy",
+    "smooth_ece", "brier_reliability", "brier_resolution", "aurc", "ece_debiased",
+}  # fmt: skip
 AUTO = ["none", "temperature", "temperature-ece", "ats-linear", "ats-shuffled"]
 
 
@@ -21,7 +24,7 @@ def check_methods(methods, names):
         for name, score in scores.items():
             assert set(score) == {"value", "low", "high"}
             assert score["low"] <= score["value"] <= score["high"], (name, score)
-            assert score["low"] >= 0
+            assert score["low"] >= (-1 if name == "brier_resolution" else 0)
             assert name == "nll" or score["high"] <= 1
     # temperatures keep the order of tokens
     assert len({scores["accuracy"]["value"] for scores in methods.values()}) == 1

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from llmrl.heads import MAX_LOG_SCALE, MIN_LOG_SCALE
+from llmrl.logits_heads import MAX_LOG_SCALE, MIN_LOG_SCALE
 from llmrl_kernels import curve_knots, lse_curve, lse_curve_reference, lse_interpolate
 
 KNOTS = curve_knots()

@@ -8,6 +8,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -88,6 +89,7 @@ def classes(task):
     with torch.no_grad():
         head.bias.fill_(0.5)
     model.llmrl_heads = torch.nn.ModuleDict({"temperature": head})
+    model._sequence = models._SequenceHeads(torch.nn.ModuleDict(), None, "")
     hidden, logits = torch.zeros(2, 4), torch.ones(2, 3)
     answers = {"base": base.__name__, "name": made.__name__, "same_class": made is models.LlmrlLlamaForCausalLM}
     for method in ("compute_logits", "compute_logits_local"):
@@ -95,6 +97,23 @@ def classes(task):
             answers[method] = float(getattr(model, method)(hidden)[0, 0])
     with patch.object(base, "compute_logits", lambda self, hidden: None):
         answers["no_logits"] = model.compute_logits(hidden)
+    tau = torch.linspace(-3, 2.3, 1001)[:, None]
+    packed = {dtype: models.pack_tau(tau, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    answers["pack_columns"] = {str(d): [str(p.dtype), list(p.shape)] for d, p in packed.items()}
+    answers["pack_error"] = max(float((models.unpack_tau(p) - tau).abs().max()) for p in packed.values())
+    block = HeadSpec("temperature", "transformer", 4, 1, 4, 2, 1, 32)
+    config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    try:
+        models._SequenceHeads(torch.nn.ModuleDict({"temperature": build_head(block)}), config, "")
+    except ValueError as error:
+        answers["two_gpus"] = str(error)
+    vector = build_head(HeadSpec("vector", "vector", 4, 6))  # 6 entries, of which this rank holds 3
+    model.llmrl_heads = torch.nn.ModuleDict({"vector": vector})
+    try:
+        with patch.object(base, "compute_logits_local", lambda self, hidden: logits):
+            model.compute_logits_local(hidden)
+    except ValueError as error:
+        answers["part_of_the_vocabulary"] = str(error)
     with_local = [n for n in task["architectures"] if hasattr(ModelRegistry.models[n].load_model_cls(), method)]
     answers["without_local_override"] = [n for n in with_local if method not in vars(getattr(models, "Llmrl" + n))]
     answers["with_local"] = with_local

@@ -8,7 +8,8 @@ from torch import nn
 
 from llmrl.base_model import load_base
 from llmrl.heads import HeadsConfig, HeadSpec, build_head
-from llmrl.modeling import save_heads_folder
+from llmrl.logits_heads import VectorHead, initialise
+from llmrl.modeling import read_heads_config, save_heads_folder
 
 ROOT = Path(__file__).parents[2]
 STORIES = ROOT / "examples" / "stories260k"
@@ -27,6 +28,8 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 SCALAR, LINEAR = {"architecture": "scalar"}, {"architecture": "linear"}
+VECTOR = {"architecture": "vector", "kind": "vector", "outputs": 512}
+MLP, TRANSFORMER = {"architecture": "mlp"}, {"architecture": "transformer"}
 BESIDE, MERGED = {"merged": False}, {"merged": True}
 # every architecture, and every combination of head, merged or not, and one file or several
 PARITY = {
@@ -37,6 +40,14 @@ PARITY = {
     "mistral-sharded-merged": ("MistralForCausalLM", True, SCALAR | MERGED),
     "gemma2-merged": ("Gemma2ForCausalLM", False, LINEAR | MERGED),
     "gemma3": ("Gemma3ForCausalLM", False, SCALAR | BESIDE),
+    "llama-vector": ("LlamaForCausalLM", False, VECTOR | BESIDE),
+    "qwen2-mlp": ("Qwen2ForCausalLM", False, MLP | BESIDE),
+    "llama-transformer": ("LlamaForCausalLM", False, TRANSFORMER | BESIDE),
+    "qwen2-transformer": ("Qwen2ForCausalLM", False, TRANSFORMER | MERGED),
+    "qwen3-transformer": ("Qwen3ForCausalLM", False, TRANSFORMER | MERGED),
+    "mistral-transformer": ("MistralForCausalLM", True, TRANSFORMER | MERGED),  # with a sliding window
+    "gemma2-transformer": ("Gemma2ForCausalLM", False, TRANSFORMER | BESIDE),
+    "gemma3-transformer": ("Gemma3ForCausalLM", False, TRANSFORMER | MERGED),
 }
 
 
@@ -69,6 +80,7 @@ def random_model(architecture, folder, *, shards=False):
         "LlamaForCausalLM": {"tie_word_embeddings": False},
         "Gemma2ForCausalLM": {"query_pre_attn_scalar": 32, "final_logit_softcapping": 8.0},
         "Gemma3ForCausalLM": {"query_pre_attn_scalar": 32},
+        "MistralForCausalLM": {"sliding_window": 8},
     }
     model_class = getattr(transformers, architecture)
     torch.manual_seed(len(architecture))
@@ -86,7 +98,10 @@ def random_model(architecture, folder, *, shards=False):
 def heads_folder(base, folder, *, kind="temperature", architecture="linear", outputs=1, merged=False, seed=0):
     """Write a folder as `llmrl calibrate` does, with random heads instead of fitted ones."""
     opened = load_base(str(base))
-    spec = HeadSpec(kind, architecture, opened.model.config.hidden_size, outputs)
+    sizes = {"intermediate_size": 80} if architecture in ("mlp", "transformer") else {}
+    if architecture == "transformer":
+        sizes |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
+    spec = HeadSpec(kind, architecture, opened.model.config.hidden_size, outputs, **sizes)
     head = build_head(spec)
     fill(head, seed)
     config = HeadsConfig(
@@ -105,6 +120,11 @@ def heads_folder(base, folder, *, kind="temperature", architecture="linear", out
 def fill(head, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        initialise(head, generator)
+        if isinstance(head, VectorHead):
+            head.scale.add_(torch.randn(head.scale.shape, generator=generator) * 0.05)
+            head.bias.copy_(torch.randn(head.bias.shape, generator=generator) * 0.5)
+            return
         if head.weight is not None:
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.08)
         head.bias.copy_(torch.randn(head.bias.shape, generator=generator) * 0.1 - 0.7)
@@ -133,10 +153,11 @@ def expected(folder, base, prompts):
     """Return what vLLM must say about `folder`: the base's greedy ids, the head's logprobs of prompt and continuation."""
     from transformers import AutoModelForCausalLM
 
+    changes_text = not all(spec.kind == "temperature" for spec in read_heads_config(folder).heads.values())
     # transformers' other attention leaves Gemma 2's soft cap of attention scores out, vLLM does not
     with_head = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     without = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
-    continuations = greedy(without, prompts)
+    continuations = greedy(with_head if changes_text else without, prompts)
     whole = [prompt + new for prompt, new in zip(prompts, continuations, strict=True)]
     return {
         "greedy": continuations,

@@ -67,6 +67,18 @@ def test_model_class_overrides_sharded_sampling(in_process):
     assert answer["without_local_override"] == []
 
 
+def test_tau_travels_in_columns_of_16_bits_and_arrives_in_float32(in_process):
+    answer = answer_of(in_process, "classes")
+    assert answer["pack_error"] < 3e-7
+    assert answer["pack_columns"]["torch.bfloat16"] == ["torch.bfloat16", [1001, 3]]
+
+
+def test_heads_that_need_one_rank_refuse_several(in_process):
+    answer = answer_of(in_process, "classes")
+    assert "a transformer temperature head is not sharded" in answer["two_gpus"]
+    assert "vector scaling needs the whole vocabulary on one rank" in answer["part_of_the_vocabulary"]
+
+
 def test_expected_differs_from_the_base(parity_folders, prompts):
     """The comparison above would notice a head that is not applied."""
     folder, base = parity_folders["llama"]

@@ -1,0 +1,151 @@
+"""One temperature folded into the weights of a checkpoint, so that any program serves it calibrated with no class of ours.
+
+Logits are linear in what the final norm gives out, z = W n(x) + b, so multiplying the norm's weight (and bias) and b by
+exp(tau) multiplies every logit. Tied embeddings stay as they are: the embedding is not touched. A final soft-cap comes after,
+and cannot be folded through.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrl.base_model import BaseModel
+from llmrl.errors import ModelError
+from llmrl.files import write_json
+from llmrl.fingerprints import weight_files
+from llmrl.heads_forward import decoder_of
+
+_TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 4e-3,
+}  # of the largest logit: rounding of the norm
+_PROBE = 32
+
+
+def foldable(model: Any) -> str | None:
+    """Return why a temperature cannot be folded into this model, or None."""
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
+        return f"{type(model).__name__} caps its logits after the output layer (final_logit_softcapping)"
+    if final_norm(model) is None:
+        return f"{type(model).__name__} has no norm before its output layer"
+    return None
+
+
+def final_norm(model: Any) -> tuple[str, nn.Module] | None:
+    """Return name and module of the last norm of the decoder: the one no block contains."""
+    blocks = {module for module in model.modules() if isinstance(module, nn.ModuleList)}
+    inside = {id(child) for block in blocks for child in block.modules()}
+    decoder = decoder_of(model)
+    found = None
+    for name, module in model.named_modules():
+        own = getattr(module, "weight", None)
+        is_norm = isinstance(own, Tensor) and own.ndim == 1 and "norm" in type(module).__name__.lower()
+        if is_norm and id(module) not in inside and any(module is part for part in decoder.modules()):
+            found = (name, module)  # an embedding norm stands before the blocks, the final one behind them
+    return found
+
+
+def fold_temperature(base: BaseModel, log_scale: float, folder: Path) -> float:
+    """Write the base with `log_scale` folded in as a plain checkpoint; return the largest relative error of its logits.
+
+    Args:
+        base: the loaded base; its weights are changed and put back.
+        log_scale: tau; logits are multiplied by exp(tau).
+        folder: an existing folder.
+
+    Raises:
+        ModelError: this architecture cannot be folded, or the result does not have the logits it should have.
+    """
+    reason = foldable(base.model)
+    if reason:
+        raise ModelError(f"--fold: {reason}; leave --fold out, the head then multiplies the logits")
+    found = final_norm(base.model)
+    assert found is not None
+    name, norm = found
+    factor, ids = math.exp(log_scale), _probe_ids(base)
+    with torch.inference_mode():
+        wanted = base.model(input_ids=ids).logits.float() * factor
+    changed = _scaled(base.model, name, norm, factor, ids, wanted)
+    error = _relative(_logits_with(base.model, changed, ids), wanted)
+    if not error <= _TOLERANCE.get(base.model.dtype, 2e-2):
+        raise ModelError(
+            f"--fold: {type(base.model).__name__} with a scaled final norm has other logits (relative error {error:.1e}): "
+            "leave --fold out, and please report the architecture"
+        )
+    _write(base, changed, folder)
+    return error
+
+
+def _probe_ids(base: BaseModel) -> Tensor:
+    device = base.model.get_input_embeddings().weight.device
+    vocabulary = base.model.get_input_embeddings().weight.shape[0]
+    return torch.arange(1, 1 + _PROBE, device=device)[None] * (vocabulary // (_PROBE + 2) or 1) % vocabulary
+
+
+def _scaled(model: Any, name: str, norm: nn.Module, factor: float, ids: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """Return the changed tensors by name: of the two ways norms use their weight (w and 1 + w) the one that fits."""
+    plain = {f"{name}.weight": (norm.weight.double() * factor).to(norm.weight.dtype)}
+    shifted = {f"{name}.weight": ((1 + norm.weight.double()) * factor - 1).to(norm.weight.dtype)}
+    biases = {}
+    if isinstance(getattr(norm, "bias", None), Tensor):
+        biases[f"{name}.bias"] = (norm.bias.double() * factor).to(norm.bias.dtype)
+    output = model.get_output_embeddings()
+    if isinstance(getattr(output, "bias", None), Tensor):
+        own = next(n for n, module in model.named_modules() if module is output)
+        biases[f"{own}.bias"] = (output.bias.double() * factor).to(output.bias.dtype)
+    return min((plain | biases, shifted | biases), key=lambda c: _relative(_logits_with(model, c, ids), wanted))
+
+
+def _logits_with(model: Any, changed: dict[str, Tensor], ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = torch.func.functional_call(model, changed, kwargs={"input_ids": ids}).logits
+    return found.float()
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
+
+
+def _write(base: BaseModel, changed: dict[str, Tensor], folder: Path) -> None:
+    """Copy the checkpoint and replace the changed tensors in the files they stand in."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    left = dict(changed)
+    for file in weight_files(base.folder):
+        with safe_open(str(file), framework="pt") as tensors:
+            names, metadata = list(tensors.keys()), tensors.metadata()
+            mine = [n for n in names if _stored_as(n, left) is not None]
+            if mine:
+                state = {n: tensors.get_tensor(n) for n in names}
+                for n in mine:
+                    value = left.pop(_stored_as(n, left) or "")
+                    state[n] = value.to(state[n].dtype).cpu().contiguous()
+        if mine:
+            save_file(state, str(folder / file.name), metadata=metadata)
+            (folder / file.name).chmod(0o644)
+        else:
+            shutil.copyfile(file, folder / file.name)
+    if left:
+        raise ModelError(
+            f"--fold: {', '.join(left)} is not stored in {base.folder}: leave --fold out, and please report it"
+        )
+    for extra in ("model.safetensors.index.json", "generation_config.json"):
+        if (base.folder / extra).is_file():
+            shutil.copyfile(base.folder / extra, folder / extra)
+    fields = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", fields)
+    base.tokenizer.save_pretrained(folder)
+
+
+def _stored_as(stored: str, changed: dict[str, Tensor]) -> str | None:
+    """Return which of the changed names a stored name means; checkpoints may leave out the decoder's prefix."""
+    return next((name for name in changed if name == stored or name.endswith(f".{stored}")), None)

@@ -1,0 +1,114 @@
+"""A temperature folded into a plain checkpoint."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from llmrl.ats.fold import final_norm, fold_temperature, foldable
+from llmrl.base_model import load_base
+from llmrl.errors import ModelError
+from llmrl.fingerprints import weight_files
+
+IDS = torch.randint(3, 500, (2, 14), generator=torch.Generator().manual_seed(1))
+TAU = -0.7
+
+
+def logits(folder, **kwargs):
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+    assert not type(model).__name__.startswith("Llmrl")
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits.float()
+
+
+def test_folded_checkpoint_is_plain_and_has_the_scaled_logits(any_model, tmp_path):
+    base = load_base(str(any_model))
+    if "gemma2" in str(any_model):
+        with pytest.raises(ModelError, match="caps its logits"):
+            fold_temperature(base, TAU, tmp_path)
+        return
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    fold_temperature(base, TAU, tmp_path)
+    torch.testing.assert_close(logits(tmp_path), logits(any_model) * math.exp(TAU), rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((any_model / "config.json").read_text())
+    assert all(
+        base.model.state_dict()[name].equal(value) for name, value in before.items()
+    )  # the loaded base is as it was
+
+
+def test_fold_changes_norm_and_output_bias_alone(tiny_model, tmp_path):
+    fold_temperature(load_base(str(tiny_model("phi"))), TAU, tmp_path)
+    old, new = load_file(tiny_model("phi") / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert {name for name in old if not old[name].equal(new[name])} == {
+        "model.final_layernorm.weight", "model.final_layernorm.bias", "lm_head.bias",
+    }  # fmt: skip
+
+
+def test_fold_of_norms_that_add_one(tmp_path, stories_tokenizer):
+    """Gemma's norm multiplies by 1 + weight."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GemmaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+    )  # fmt: skip
+    model = transformers.GemmaForCausalLM(config)
+    torch.nn.init.normal_(model.model.norm.weight, 0.0, 0.5)
+    model.save_pretrained(tmp_path / "base")
+    stories_tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "folded").mkdir()
+    fold_temperature(load_base(str(tmp_path / "base")), TAU, tmp_path / "folded")
+    torch.testing.assert_close(
+        logits(tmp_path / "folded"), logits(tmp_path / "base") * math.exp(TAU), rtol=1e-4, atol=1e-4
+    )
+    old = load_file(tmp_path / "base" / "model.safetensors")["model.norm.weight"]
+    new = load_file(tmp_path / "folded" / "model.safetensors")["model.norm.weight"]
+    torch.testing.assert_close(1 + new, (1 + old) * math.exp(TAU), rtol=1e-5, atol=1e-6)
+
+
+def test_fold_of_a_checkpoint_in_several_files(tiny_model, tmp_path, stories_tokenizer):
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_model("llama")).save_pretrained(base, max_shard_size="60KB")
+    stories_tokenizer.save_pretrained(base)
+    (tmp_path / "folded").mkdir()
+    fold_temperature(load_base(str(base)), TAU, tmp_path / "folded")
+    assert [f.name for f in weight_files(tmp_path / "folded")] == [f.name for f in weight_files(base)]
+    torch.testing.assert_close(logits(tmp_path / "folded"), logits(base) * math.exp(TAU), rtol=1e-4, atol=1e-4)
+
+
+def test_fold_in_bfloat16_reports_its_rounding(tiny_model, tmp_path, stories_tokenizer):
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.bfloat16).save_pretrained(base)
+    stories_tokenizer.save_pretrained(base)
+    (tmp_path / "folded").mkdir()
+    error = fold_temperature(load_base(str(base)), TAU, tmp_path / "folded")
+    assert 1e-4 < error < 2e-2
+    wanted, found = logits(base, dtype="auto") * math.exp(TAU), logits(tmp_path / "folded", dtype="auto")
+    assert ((found - wanted).abs().max() / wanted.abs().max()).item() < 2e-2
+
+
+def test_final_norm_is_the_last_one_not_the_embeddings(stories_tokenizer):
+    import transformers
+
+    config = transformers.BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=4)
+    name, _ = final_norm(transformers.BloomForCausalLM(config))
+    assert name == "transformer.ln_f"
+
+
+def test_model_without_a_final_norm_is_refused(tiny_model):
+    base = load_base(str(tiny_model("llama")))
+    base.model.model.norm = torch.nn.Identity()
+    assert "no norm before its output layer" in foldable(base.model)
+
+
+def test_logits_that_come_out_otherwise_are_refused(tiny_model, tmp_path, monkeypatch):
+    base = load_base(str(shutil.copytree(tiny_model("llama"), tmp_path / "base")))
+    # something after the norm that is not linear
+    base.model.lm_head.register_forward_hook(lambda module, args, output: output.tanh())
+    with pytest.raises(ModelError, match="has other logits"):
+        fold_temperature(base, TAU, tmp_path)

@@ -1,0 +1,182 @@
+"""`llmrl calibrate`: every kind of head, questions and answers, adapters, and the other ways to save."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+IDS = torch.randint(3, 500, (1, 20), generator=torch.Generator().manual_seed(1))
+
+
+def logits(folder, **kwargs):
+    with torch.inference_mode():
+        return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()(input_ids=IDS).logits.float()
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """Two files: questions with choices, and questions the small chat model answers rightly some of the time."""
+    folder = tmp_path_factory.mktemp("questions")
+    choices = [
+        {"question": f"What is {i} plus {i % 7}?", "choices": [str(i), str(i + i % 7 + 1), str(i + i % 7)], "answer": 2}
+        for i in range(1, 61)
+    ]
+    words = ["river", "school", "music", "house", "friend", "town", "winter", "ship", "garden", "light"]
+    free = [{"question": f"Say the word {word}.", "answers": [word]} for word in words]
+    free += [{"question": f"What is {a} plus {b}?", "answers": [str(a + b)]} for a in range(2, 12) for b in range(2, 6)]
+    for name, rows in (("choices", choices), ("free", free)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(stories_dir):
+    return stories_dir.parent / "tiny_lm"
+
+
+@pytest.mark.parametrize("method", ["ats-mlp", "ats-transformer"])
+def test_calibrate_head_that_is_saved_opens_and_verifies(method, calibrate, llmrl, book, tmp_path, read_json):
+    folder = tmp_path / "out"
+    ended = calibrate(book, folder, "--method", method, "--quiet")
+    assert ended.code == 0, ended.err
+    report = read_json(folder / "report.json")
+    assert (report["selected"], report["greedy_identical"], report["level"]) == (method, True, "token")
+    scores = report["methods"]
+    assert scores[method]["nll"]["value"] < scores["temperature"]["nll"]["value"] < scores["none"]["nll"]["value"]
+    spec = read_json(folder / "config.json")["llmrl"]["heads"]["temperature"]
+    assert spec["architecture"] == method.removeprefix("ats-")
+    assert spec["intermediate_size"] == 172  # the example model's own
+    assert report["fits"][method]["loss"] == "top_label"
+    ended = llmrl("calibrate", "--verify", folder, "--data", book, "--max_length", "129", "--bootstrap_draws", "100")
+    assert ended.code == 0, ended.err
+    verified = read_json(folder / "verify.json")["methods"]
+    assert verified[method]["nll"]["value"] < verified["none"]["nll"]["value"]
+
+
+def test_calibrate_paper_is_a_transformer_with_the_smoothing_loss(calibrate, book, tmp_path, read_json):
+    ended = calibrate(book, tmp_path / "out", "--method", "paper", "--max_tokens", "6000", "--quiet")
+    assert ended.code == 0, ended.err
+    report = read_json(tmp_path / "out" / "report.json")
+    assert (report["selected"], report["loss"]) == ("ats-transformer", "smoothing")
+    assert report["fits"]["ats-transformer"]["loss"] == "smoothing"
+    assert report["fits"]["ats-transformer"]["alpha"] in (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def test_calibrate_all_has_every_method(calibrate, book, tmp_path, read_json):
+    ended = calibrate(book, tmp_path / "out", "--method", "all", "--max_tokens", "6000")
+    assert ended.code == 0, ended.err
+    report = read_json(tmp_path / "out" / "report.json")
+    assert list(report["methods"]) == [
+        "none", "temperature", "temperature-ece", "vector", "ats-linear", "ats-mlp", "ats-transformer", "ats-shuffled",
+    ]  # fmt: skip
+    assert report["selected"] not in ("vector", "ats-shuffled")
+    assert "| ats-transformer" in ended.out
+
+
+def test_calibrate_vector_says_that_the_text_changes(calibrate, llmrl, book, tmp_path, read_json):
+    folder = tmp_path / "out"
+    ended = calibrate(book, folder, "--method", "vector")
+    assert ended.code == 0, ended.err
+    report = read_json(folder / "report.json")
+    assert report["selected"] == "vector"
+    assert report["methods"]["vector"]["nll"]["value"] < report["methods"]["temperature"]["nll"]["value"]
+    assert report["methods"]["vector"]["accuracy"]["value"] != report["methods"]["none"]["accuracy"]["value"]
+    assert report["greedy_identical"] is False
+    assert "greedy text identical to the base: no" in ended.out
+    assert "can differ from the base model's" in (folder / "README.md").read_text()
+    assert list(read_json(folder / "config.json")["llmrl"]["heads"]) == ["vector"]
+    assert logits(folder).isfinite().all()
+    assert llmrl("calibrate", "--verify", folder, "--data", book, "--max_length", "129").code == 0
+
+
+@pytest.mark.parametrize("method", ["temperature", "temperature-ece"])
+def test_calibrate_fold_writes_a_plain_checkpoint(method, calibrate, book, stories_dir, tmp_path, read_json):
+    folder = tmp_path / "out"
+    ended = calibrate(book, folder, "--method", method, "--fold")
+    assert ended.code == 0, ended.err
+    report = read_json(folder / "report.json")
+    assert read_json(folder / "config.json")["model_type"] == "llama"
+    assert not (folder / "llmrl_heads.safetensors").exists()
+    scale = 1 / report["temperatures"][method]
+    torch.testing.assert_close(logits(folder), logits(stories_dir) * scale, rtol=1e-4, atol=1e-4)
+    assert abs(math.log(scale)) > 0.2
+    assert report["fold_error"] < 1e-5
+    assert "a plain checkpoint" in ended.out
+    assert "import llmrl" not in (folder / "README.md").read_text()
+    again = calibrate(book, folder, "--method", method, "--fold", "--overwrite", "--quiet")
+    assert again.code == 1  # a plain model there could be anybody's
+    assert "holds a model that llmrl did not write" in again.refusal()
+
+
+def test_calibrate_with_code_writes_the_modelling_file(calibrate, book, tmp_path, read_json):
+    folder = tmp_path / "out"
+    ended = calibrate(book, folder, "--method", "ats-linear", "--merge", "--with_code", "--quiet")
+    assert ended.code == 0, ended.err
+    assert "class CalibratedForCausalLM" in (folder / "modeling_llmrl.py").read_text()
+    assert "AutoModelForCausalLM" in read_json(folder / "config.json")["auto_map"]
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    plain = calibrate(book, folder, "--method", "ats-linear", "--merge", "--overwrite", "--quiet")
+    assert plain.code == 0, plain.err
+    assert not (folder / "modeling_llmrl.py").exists()
+
+
+def test_calibrate_multiple_choice_is_about_answers(calibrate, questions, tiny_lm, tmp_path, read_json):
+    folder = tmp_path / "out"
+    ended = calibrate(questions / "choices.jsonl", folder, "--max_length", "512", model=tiny_lm)
+    assert ended.code == 0, ended.err
+    report = read_json(folder / "report.json")
+    assert report["level"] == "answer"
+    assert sum(report["tokens"].values()) == report["rows"] == 60  # one answer a row
+    assert "held-out test slice: 21 answers" in ended.out
+    # among three letters none is less sure than a third
+    assert report["reliability"]["none"]["count"][:4] == [0, 0, 0, 0]
+
+
+def test_calibrate_refuses_choices_beside_other_rows(calibrate, questions, book, tiny_lm, tmp_path):
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text((questions / "choices.jsonl").read_text() + (questions / "free.jsonl").read_text())
+    assert calibrate(mixed, tmp_path / "out", model=tiny_lm).code == 1
+
+
+def test_calibrate_adapter_needs_merge_and_is_merged(calibrate, book, stories_dir, tmp_path, read_json):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(stories_dir)
+    lora = LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(base, lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.inference_mode():
+        wanted = adapted(input_ids=IDS).logits
+    refused = calibrate(book, tmp_path / "out", model=tmp_path / "adapter")
+    assert refused.code == 2
+    assert "add --merge" in refused.refusal()
+    ended = calibrate(book, tmp_path / "out", "--merge", "--method", "temperature", model=tmp_path / "adapter")
+    assert ended.code == 0, ended.err
+    scale = 1 / read_json(tmp_path / "out" / "report.json")["temperatures"]["temperature"]
+    torch.testing.assert_close(logits(tmp_path / "out"), wanted * scale, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"]
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--with_code",), "--with_code needs --merge"),
+        (("--fold",), "--fold needs one number for all tokens: --method temperature or temperature-ece, not auto"),
+        (("--fold", "--method", "temperature", "--merge"), "leave --merge and --check_serving out"),
+        (("--method", "paper", "--loss", "nll"), "--method paper has its own loss"),
+        (("--samples", "3"), "--samples has no meaning without --on_policy"),
+        (("--answer_confidence", "min"), "--answer_confidence has no meaning without --on_policy"),
+        (("--loss", "answer"), "--loss answer needs graded answers: --on_policy"),
+        (("--on_policy", "--samples", "0"), "--samples must be at least 1"),
+        (("--method", "ats-transfomer"), "did you mean 'ats-transformer'?"),
+    ],
+)
+def test_calibrate_refuses_options_that_do_not_go_together(options, words, calibrate, book, tmp_path):
+    ended = calibrate(book, tmp_path / "out", *options)
+    assert ended.code == 2
+    assert words in ended.refusal()
+    assert not (tmp_path / "out").exists()
