@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llmrl.ats.answer_level import answers_of
 from llmrl.ats.features import TokenFeatures
 from llmrl.ats.losses import Loss, Tempered, calibration_loss
-from llmrl.ats.metrics import expected_calibration_error
+from llmrl.ats.metrics import Predictions, expected_calibration_error
 from llmrl.errors import DataError
 from llmrl.heads import HeadSpec
 from llmrl.logits_heads import MAX_LOG_SCALE, MIN_LOG_SCALE, TemperatureHead
@@ -65,8 +66,11 @@ def tokens_of_loss(loss: Loss, features: TokenFeatures) -> TokenFeatures:
     return features.select(features.graded)
 
 
-def fit_temperature(features: TokenFeatures, loss: Loss | None) -> float:
-    """Return the log s in [-3, log 10] that minimises the mean loss, or the ECE if `loss` is None."""
+def fit_temperature(features: TokenFeatures, loss: Loss | None, aggregate: str = "mean") -> float:
+    """Return the log s in [-3, log 10] that minimises the mean loss, or the ECE if `loss` is None.
+
+    Where all tokens are of graded answers the ECE is that of the answers, their confidences made by `aggregate`.
+    """
     if len(features) == 0:
         return 0.0
     if loss is not None:
@@ -75,11 +79,19 @@ def fit_temperature(features: TokenFeatures, loss: Loss | None) -> float:
     def score(log_scale: float) -> float:
         constant = torch.full((len(features),), log_scale)
         if loss is None:
-            return expected_calibration_error(confidence(features, constant).numpy(), features.correct.numpy())
+            return _ece(features, constant, aggregate)
         return curve_loss(loss, features, constant).double().mean().item()
 
     # NLL is convex in s; ECE and the top-label loss are not everywhere, so a grid comes first
     return line_search(score, MIN_LOG_SCALE, MAX_LOG_SCALE, 54)
+
+
+def _ece(features: TokenFeatures, log_scale: Tensor, aggregate: str) -> float:
+    said, right = confidence(features, log_scale).numpy(), features.correct.numpy()
+    if features.graded.all():
+        answers = answers_of(Predictions(said, right, said, features.window.numpy()), aggregate)
+        said, right = answers.confidence, answers.correct
+    return expected_calibration_error(said, right)
 
 
 def line_search(score: Callable[[float], float], low: float, high: float, points: int) -> float:

@@ -26,12 +26,12 @@ from llmrl.heads import HeadSpec
 from llmrl.logits_heads import MAX_LOG_SCALE, MIN_LOG_SCALE, TemperatureHead, build_logits_head, initialise
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-EPOCHS = 10
-MIN_STEPS = 300  # small data sets get more epochs
-PATIENCE = 0.4  # of all epochs, without a better one
+EPOCHS = 5
+MIN_STEPS = 150  # small data sets get more epochs
+PATIENCE = 0.5  # of all epochs, without a better one
 BATCH_TOKENS = 4096  # or positions, for a head that reads windows: 16 windows of 256
 MAX_NORM = 1.0
-LEARNING_RATES = {"linear": 1e-2, "mlp": 3e-3, "transformer": 2e-3}
+LEARNING_RATES = {"linear": 1e-2, "mlp": 6e-3, "transformer": 4e-3}
 RATE_WIDTH = 64  # of the model these rates were measured on
 
 

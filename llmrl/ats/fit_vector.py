@@ -7,6 +7,7 @@ of the size tokens times vocabulary outlives its chunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,8 @@ from llmrl.heads import HeadSpec
 from llmrl.logits_heads import VectorHead
 
 EPOCHS = 4
-LEARNING_RATE = 3e-2
+MIN_STEPS = 80  # small data sets get more epochs
+LEARNING_RATE = 0.1
 _FLOOR = -1e30  # stands for -inf, so that 0 * z is 0 and not NaN
 
 
@@ -53,12 +55,13 @@ def fit_vector(
     generator = torch.Generator().manual_seed(seed)
     best = (_mean_nll(head, layer, validation), head.scale.clone(), head.bias.clone())
     on_epoch(FitRecord(0, _mean_nll(head, layer, fit), best[0]))
-    for epoch in range(1, EPOCHS + 1):
+    epochs = max(EPOCHS, math.ceil(MIN_STEPS / math.ceil(len(fit) / BATCH_TOKENS)))
+    for epoch in range(1, epochs + 1):
         batches = torch.randperm(len(fit), generator=generator).split(BATCH_TOKENS)
         total = 0.0
         for i, tokens in enumerate(batches):
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * one_cycle((epoch - 1 + i / len(batches)) / EPOCHS)
+                group["lr"] = LEARNING_RATE * one_cycle((epoch - 1 + i / len(batches)) / epochs)
             loss, head.scale.grad, head.bias.grad = nll_gradient(head, layer, fit, tokens)
             optimizer.step()
             total += loss * len(tokens)

@@ -111,6 +111,12 @@ class CalibrateConfig:
             raise UsageError(
                 f"--method {PAPER} has its own loss; for another one say --method {TRANSFORMER} --loss {self.loss}"
             )
+        if self.on_policy and "nll" in self.loss:
+            raise UsageError(
+                f"--loss {self.loss} with --on_policy: the model's own words are likely, right or wrong; leave it out"
+            )
+        if self.on_policy and self.method in (VECTOR, ALL):
+            raise UsageError(f"--method {self.method} with --on_policy: a vector says other answers than those graded")
         if not self.on_policy:
             for name, default in (("samples", 1), ("rollout_backend", "auto"), ("answer_confidence", "mean")):
                 if getattr(self, name) != default:
@@ -120,8 +126,10 @@ class CalibrateConfig:
 
     @property
     def fitted_loss(self) -> str:
-        """The loss of the heads that read hidden states."""
-        return "smoothing" if self.method == PAPER else self.loss
+        """The loss of the heads that read hidden states; on graded answers the default is that of answers."""
+        if self.method == PAPER:
+            return "smoothing"
+        return "answer" if self.on_policy and self.loss == DEFAULT_LOSS else self.loss
 
     @property
     def needs_sequences(self) -> bool:

@@ -22,8 +22,7 @@ def head_log_scales(head: TemperatureHead, features: TokenFeatures) -> Tensor:
     result = torch.empty(len(features))
     with torch.inference_mode():
         if head.reads_sequence:
-            lengths = window_lengths(features)
-            order = lengths.argsort()  # little padding
+            order = window_lengths(features).argsort()  # little padding
             batches = list(window_batches(features, order, _SEQUENCE_BLOCK))
         else:
             batches = list(torch.arange(len(features)).split(_BLOCK))
@@ -36,8 +35,6 @@ def batch_log_scales(head: TemperatureHead, features: TokenFeatures, tokens: Ten
     """Return log s `[n]` of the tokens at the indices `tokens`, on the CPU; differentiable in the head's parameters."""
     if not head.reads_sequence:
         return head(features.states[features.row[tokens]])[:, 0].cpu()
-    if not features.has_sequences:
-        raise ValueError("this head reads whole windows: extract the features with sequences=True")
     row, window = features.row[tokens], features.window[tokens]
     numbers, place = window.unique(return_inverse=True)
     start, end = features.offsets[numbers], features.offsets[numbers + 1]
@@ -48,7 +45,13 @@ def batch_log_scales(head: TemperatureHead, features: TokenFeatures, tokens: Ten
 
 
 def window_lengths(features: TokenFeatures) -> Tensor:
-    """Return the number of states of each different window of `features`, in the order of the windows."""
+    """Return the number of states of each different window of `features`, in the order of the windows.
+
+    Raises:
+        ValueError: only the states of scored tokens were kept.
+    """
+    if not features.has_sequences:
+        raise ValueError("this head reads whole windows: extract the features with sequences=True")
     numbers = features.window.unique_consecutive()
     return features.offsets[numbers + 1] - features.offsets[numbers]
 

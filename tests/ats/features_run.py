@@ -20,10 +20,12 @@ def windows(count=140):
 def features(model_dir, cache_dir):
     from transformers import AutoModelForCausalLM
 
-    from llmrl.ats.features import extract_features
+    from llmrl.ats.extract import extract_features
 
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
-    return extract_features(model, windows(), batch_size=8, cache_dir=Path(cache_dir), fingerprint="base")
+    return extract_features(
+        model, windows(), batch_size=8, cache_dir=Path(cache_dir), fingerprint="base", sequences=True
+    )
 
 
 if __name__ == "__main__":

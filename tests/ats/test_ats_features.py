@@ -1,26 +1,28 @@
 import importlib.util
-import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llmrl.ats import features as module
+from llmrl.ats import output_layer as module
 from llmrl.ats.data import Window
-from llmrl.ats.features import OutputLayer, check_output_layer, extract_features
+from llmrl.ats.extract import extract_features
+from llmrl.ats.output_layer import OutputLayer, check_output_layer
 from llmrl.errors import ModelError, OutputError
 from llmrl_kernels import curve_knots
 
 SCRIPT = Path(__file__).with_name("features_run.py")
-NAMES = ("hidden", "gap", "correct", "target", "window", "curve", "slope")
+NAMES = (
+    "states", "offsets", "row", "window", "target", "gap", "mean_gap", "top_gap", "correct", "graded", "choice", "choices",
+    "curve", "slope",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,8 +59,10 @@ def load(folder, **kwargs):
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
 
 
-def extract(model, windows, cache_dir, batch_size=4, fingerprint="base"):
-    return extract_features(model, windows, batch_size=batch_size, cache_dir=cache_dir, fingerprint=fingerprint)
+def extract(model, windows, cache_dir, batch_size=4, fingerprint="base", sequences=False):
+    return extract_features(
+        model, windows, batch_size=batch_size, cache_dir=cache_dir, fingerprint=fingerprint, sequences=sequences
+    )
 
 
 def direct(model, windows):
@@ -86,6 +90,10 @@ def assert_features_are_the_models(model, windows, found, tolerance):
     torch.testing.assert_close(found.hidden, hidden, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(
         found.gap.double(), top - z.gather(1, target[:, None])[:, 0], rtol=tolerance, atol=tolerance
+    )
+    torch.testing.assert_close(found.mean_gap.double(), top - z.mean(-1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        found.top_gap.double(), top - z.sort(-1).values[:, -5:].mean(-1), rtol=tolerance, atol=tolerance
     )
     sure = top - z.topk(2).values[:, 1] > 10 * tolerance
     assert sure.double().mean() > 0.5
@@ -190,8 +198,60 @@ def test_token_features_select_and_of_windows(llama, tmp_path):
     found = extract(llama, random_windows(), tmp_path)
     part = found.of_windows([2, 7])
     assert set(part.window.tolist()) == {2, 7}
-    assert part.gap.equal(found.gap[(found.window == 2) | (found.window == 7)])
+    inside = (found.window == 2) | (found.window == 7)
+    assert part.gap.equal(found.gap[inside])
+    assert part.hidden.equal(found.hidden[inside])
     assert len(part) == len(part.hidden) == len(part.curve)
+    assert part.states is found.states  # the largest part is never copied
+
+
+def test_extract_features_lora_is_the_models_own(tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(load(tiny_model("llama")), LoraConfig(r=2, init_lora_weights=False)).eval()
+    windows = random_windows()
+    found = extract(model, windows, tmp_path / "lora")
+    assert_features_are_the_models(model, windows, found, 1e-4)
+    assert not found.gap.equal(extract(load(tiny_model("llama")), windows, tmp_path / "base").gap)
+
+
+# --- whole windows ----------------------------------------------------------------------------------------------------
+
+
+def test_extract_features_sequences_keeps_the_states_a_scored_token_can_see(llama, tmp_path):
+    """All positions up to the one that predicts the last scored token; the numbers are those of the small layout."""
+    windows = random_windows()
+    windows[3] = Window([5, 6, 7, 8, 9], [False, False, True, False, False], 3, "w.txt", "w.txt:4")
+    found = extract(llama, windows, tmp_path / "whole", sequences=True)
+    assert found.has_sequences
+    for i, window in enumerate(windows):
+        states = found.states[found.offsets[i] : found.offsets[i + 1]]
+        with torch.inference_mode():
+            own = llama(input_ids=torch.tensor([window.token_ids]), output_hidden_states=True).hidden_states[-1][0]
+        last = max(position for position, counts in enumerate(window.scored) if counts)
+        assert len(states) == last
+        torch.testing.assert_close(states, own[:last], rtol=1e-4, atol=1e-4)
+        rows = found.row[found.window == i] - found.offsets[i]
+        assert rows.tolist() == [position - 1 for position, counts in enumerate(window.scored) if counts]
+    small = extract(llama, windows, tmp_path / "scored")
+    assert not small.has_sequences
+    assert found.hidden.equal(small.hidden)
+    assert len(small.states) == len(small) < len(found.states)
+    for name in set(NAMES) - {"states", "offsets", "row"}:
+        torch.testing.assert_close(getattr(found, name), getattr(small, name), rtol=1e-5, atol=1e-5)
+
+
+def test_extract_features_sequences_of_many_shards_are_joined(llama, tmp_path):
+    windows = random_windows(count=150, longest=8)
+    found = extract(llama, windows, tmp_path, sequences=True)
+    assert len(list(tmp_path.glob("features-*"))) == 3
+    assert len(found.offsets) == 151
+    assert found.offsets[-1] == len(found.states)
+    alone = extract(llama, windows[140:], tmp_path / "alone", sequences=True)
+    late = found.of_windows(list(range(140, 150)))
+    torch.testing.assert_close(late.hidden, alone.hidden, rtol=1e-4, atol=1e-4)
+    assert (late.row - late.offsets[late.window]).equal(alone.row - alone.offsets[alone.window])
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -241,11 +301,14 @@ def test_extract_features_refuses_shards_of_another_run(llama, tmp_path):
         {"windows": other_ids},
         {"windows": other_mask},
         {"windows": windows[:2]},
+        {"windows": [replace(windows[0], grade=True), *windows[1:]]},
+        {"windows": [replace(windows[0], choices=tuple(range(500))), *windows[1:]]},
         {"fingerprint": "other"},
+        {"sequences": True},
     ):
-        arguments = {"windows": windows, "fingerprint": "base", **changed}
+        arguments = {"windows": windows, **changed}
         with pytest.raises(OutputError, match=r"unfinished run of another model.*\n--overwrite discards it"):
-            extract(llama, arguments["windows"], tmp_path, fingerprint=arguments["fingerprint"])
+            extract(llama, cache_dir=tmp_path, **arguments)
 
 
 def test_extract_features_full_disk_leaves_no_part_of_a_shard(llama, tmp_path, monkeypatch):
@@ -263,42 +326,6 @@ def test_extract_features_full_disk_leaves_no_part_of_a_shard(llama, tmp_path, m
     assert len(extract(llama, random_windows(), tmp_path)) > 0
 
 
-def peak_bytes(action, trace):
-    """Highest amount of memory that torch's CPU allocator held above what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        action()
-    profile.export_chrome_trace(str(trace))
-    events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    level = peak = 0
-    for event in events:
-        level += event["Bytes"]
-        peak = max(peak, level)
-    return peak
-
-
-def test_extract_features_never_hold_tokens_times_vocabulary(tmp_path, monkeypatch):
-    knots = curve_knots()[:9]  # fewer, for speed: the trace has an entry for each operation
-    monkeypatch.setattr(module, "curve_knots", lambda: knots)
-    vocabulary, length = 20_000, 700
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    peaks = {}
-    for count in (1, 3):
-        ids = torch.randint(3, vocabulary, (count, length)).tolist()
-        windows = [Window(row, [False] + [True] * (length - 1), i, "", "") for i, row in enumerate(ids)]
-        folder = tmp_path / str(count)
-        peaks[count] = peak_bytes(lambda w=windows, f=folder: extract(model, w, f), tmp_path / "trace.json")
-    logits_of_a_window = length * vocabulary * 4
-    assert peaks[1] > module.CHUNK_BYTES  # the measurement sees the chunk
-    # the largest part is the comparison with the model's own logits, on 64 tokens
-    assert peaks[1] < 0.6 * logits_of_a_window
-    assert peaks[3] - peaks[1] < 0.1 * logits_of_a_window
-
-
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -314,4 +341,5 @@ def test_extract_features_two_processes_equal_one(two_processes, tiny_model, tmp
     assert set(together) == set(alone) == set(NAMES)
     for name in NAMES:
         assert together[name].equal(alone[name]), name
+    assert len(alone["offsets"]) == 141
     assert len(list((folder / "cache").glob("features-*.safetensors"))) == 3

@@ -180,3 +180,44 @@ def test_calibrate_refuses_options_that_do_not_go_together(options, words, calib
     assert ended.code == 2
     assert words in ended.refusal()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["temperature", "ats-linear"])
+def test_calibrate_on_policy_is_about_the_models_own_answers(
+    method, calibrate, questions, tiny_lm, tmp_path, read_json
+):
+    folder = tmp_path / "out"
+    options = ("--on_policy", "--rollout_backend", "transformers", "--method", method, "--max_length", "256")
+    ended = calibrate(questions / "free.jsonl", folder, *options, model=tiny_lm)
+    assert ended.code == 0, ended.err
+    report = read_json(folder / "report.json")
+    assert (report["level"], report["answer_confidence"]) == ("answer", "mean")
+    assert report["answers"]["answers"] == report["rows"] == sum(report["tokens"].values()) == 50
+    assert 0.1 < report["answers"]["accuracy"] < 0.95  # the model knows some of them
+    assert report["methods"]["none"]["accuracy"]["value"] == pytest.approx(report["answers"]["accuracy"], abs=0.25)
+    assert "50 sampled by transformers (0 of them before)" in ended.out
+    # 18 test answers cannot tell more than that nothing was broken
+    scores = report["methods"]
+    assert scores[method]["nll"]["value"] < scores["none"]["nll"]["value"] + 0.1
+
+
+def test_calibrate_on_policy_several_samples_and_another_confidence(calibrate, questions, tiny_lm, tmp_path, read_json):
+    options = ("--on_policy", "--rollout_backend", "transformers", "--samples", "2", "--answer_confidence", "product")
+    ended = calibrate(questions / "free.jsonl", tmp_path / "out", *options, "--method", "temperature", model=tiny_lm)
+    assert ended.code == 0, ended.err
+    report = read_json(tmp_path / "out" / "report.json")
+    assert report["answer_confidence"] == "product"
+    assert 90 <= report["answers"]["answers"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--loss", "nll"), "the model's own words are likely, right or wrong"),
+        (("--method", "vector"), "a vector says other answers than those graded"),
+    ],
+)
+def test_calibrate_on_policy_refuses_what_makes_no_sense(options, words, calibrate, questions, tiny_lm, tmp_path):
+    ended = calibrate(questions / "free.jsonl", tmp_path / "out", "--on_policy", *options, model=tiny_lm)
+    assert ended.code == 2
+    assert words in ended.refusal()

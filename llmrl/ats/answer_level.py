@@ -1,0 +1,30 @@
+"""From tokens to answers: of graded answers the report is about whole answers, not about the tokens they are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmrl.ats.answers import answer_confidences
+from llmrl.ats.metrics import Predictions
+
+_SMALLEST = 1e-12  # of a confidence and of its complement: a certain answer that is wrong costs 28 nats, not infinity
+
+
+def answers_of(tokens: Predictions, aggregate: str) -> Predictions:
+    """Return one prediction an answer.
+
+    Args:
+        tokens: of graded answers: the probability of each token that was said, the grade of its answer at each of them,
+            `window` the answer it belongs to.
+        aggregate: how the probabilities become the answer's confidence, one of `llmrl.ats.losses.AGGREGATES`.
+
+    Returns:
+        Confidence and grade of each answer, in ascending order of `window`; its `nll` is the binary log loss of "the answer
+        is right".
+    """
+    with np.errstate(divide="ignore"):
+        confidence = answer_confidences(np.log(tokens.confidence), tokens.window, aggregate)
+    window, first = np.unique(tokens.window, return_index=True)
+    correct = tokens.correct[first]
+    said = np.where(correct, confidence, 1.0 - confidence)
+    return Predictions(confidence, correct, -np.log(np.clip(said, _SMALLEST, 1.0)), window)
