@@ -70,7 +70,9 @@ def test_verify_scores_none_and_the_saved_method(verify, folder, base, other_tex
     assert after == before  # nothing was fitted again
     result = read_json(folder / "verify.json")
     assert list(result["methods"]) == ["none", "ats-linear"]
-    assert {"ece", "ece_equal_mass", "nll", "brier", "auroc", "accuracy", "smooth_ece"} <= set(result["methods"]["none"])
+    assert {"ece", "ece_equal_mass", "nll", "brier", "auroc", "accuracy", "smooth_ece"} <= set(
+        result["methods"]["none"]
+    )
     assert result["level"] == "token"
     assert "| ats-linear" in ended.out
     # the same numbers from transformers' logits
