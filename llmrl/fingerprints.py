@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llmrl.errors import HeadMismatchError, ModelError
-from llmrl.heads import HEADS_FILE, PREFIX, BaseReference
+from llmrl.heads import CONFIG_KEY, HEADS_FILE, MODELING_MODULE, PREFIX, BaseReference
 
 # of config.json: what may differ without the model computing anything else
 _COSMETIC = frozenset(
-    ("transformers_version", "_name_or_path", "architectures", "model_type", "llmrl", "auto_map", "dtype", "torch_dtype",
+    ("transformers_version", "_name_or_path", "architectures", "model_type", "llmrl", "dtype", "torch_dtype",
      "use_cache", "id2label", "label2id", "problem_type", "num_labels", "bos_token_id", "eos_token_id", "pad_token_id",
      "_attn_implementation", "return_dict", "output_hidden_states", "output_attentions")
 )  # fmt: skip
@@ -46,6 +46,9 @@ def fingerprint_weights(folder: Path | str) -> str:
     config = Path(folder) / "config.json"
     if config.is_file():
         fields = json.loads(config.read_text(encoding="utf-8"))
+        named = fields.get("auto_map", {}).values()
+        if CONFIG_KEY in fields and all(str(name).startswith(f"{MODELING_MODULE}.") for name in named):
+            fields.pop("auto_map", None)  # the file that llmrl writes beside the weights for those without llmrl
         digests["config.json"] = json.dumps({k: v for k, v in fields.items() if k not in _COSMETIC}, sort_keys=True)
     return _sha(json.dumps(sorted(digests.items())).encode())
 

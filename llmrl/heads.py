@@ -28,6 +28,7 @@ HEADS_FILE = "llmrl_heads.safetensors"
 PREFIX = "llmrl_heads."
 CONFIG_KEY = "llmrl"
 MODEL_TYPE = "llmrl"
+MODELING_MODULE = "modeling_llmrl"  # the file that `llmrl.portable` writes
 
 _ARCHITECTURES = {
     "temperature": ("scalar", "linear", "mlp", "transformer"),

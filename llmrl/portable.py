@@ -13,9 +13,8 @@ from pathlib import Path
 from llmrl._version import __version__
 from llmrl.errors import ModelError
 from llmrl.files import write_json
-from llmrl.heads import CONFIG_KEY, HEADS_FILE, HeadsConfig
+from llmrl.heads import CONFIG_KEY, HEADS_FILE, MODELING_MODULE, HeadsConfig
 
-MODULE = "modeling_llmrl"
 _PARTS = ("logits_heads", "head_cache", "heads_forward")
 _CONFIG_CLASS, _MODEL_CLASS = "CalibratedConfig", "CalibratedForCausalLM"
 
@@ -113,6 +112,9 @@ def write_modeling_file(folder: Path) -> None:
     config = HeadsConfig.from_json(fields[CONFIG_KEY])
     if not config.merged:
         raise ModelError("a modelling file needs the base's weights beside it: calibrate with --merge")
-    (folder / f"{MODULE}.py").write_text(modeling_source(config), encoding="utf-8")
-    fields["auto_map"] = {"AutoConfig": f"{MODULE}.{_CONFIG_CLASS}", "AutoModelForCausalLM": f"{MODULE}.{_MODEL_CLASS}"}
+    (folder / f"{MODELING_MODULE}.py").write_text(modeling_source(config), encoding="utf-8")
+    fields["auto_map"] = {
+        "AutoConfig": f"{MODELING_MODULE}.{_CONFIG_CLASS}",
+        "AutoModelForCausalLM": f"{MODELING_MODULE}.{_MODEL_CLASS}",
+    }
     write_json(path, fields)

@@ -27,11 +27,11 @@ from llmrl.logits_heads import MAX_LOG_SCALE, MIN_LOG_SCALE, TemperatureHead, bu
 
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 EPOCHS = 5
-MIN_STEPS = 150  # small data sets get more epochs
+MIN_STEPS = 100  # small data sets get more epochs
 PATIENCE = 0.5  # of all epochs, without a better one
 BATCH_TOKENS = 4096  # or positions, for a head that reads windows: 16 windows of 256
 MAX_NORM = 1.0
-LEARNING_RATES = {"linear": 1e-2, "mlp": 6e-3, "transformer": 4e-3}
+LEARNING_RATES = {"linear": 2e-2, "mlp": 6e-3, "transformer": 4e-3}
 RATE_WIDTH = 64  # of the model these rates were measured on
 
 
@@ -125,11 +125,12 @@ def _batches(head: TemperatureHead, features: TokenFeatures, loss: Loss, generat
 
 def _optimizer(head: TemperatureHead, spec: HeadSpec) -> torch.optim.AdamW:
     rate = LEARNING_RATES[spec.architecture]
-    # a step of Adam moves every weight by the rate, so tau by the rate times the width: a rate that suits 64 features would
-    # throw tau across its whole range with 4096
+    # a step of Adam moves every weight by the rate, and tau by the rate times the root of the width or more: what suits 64
+    # features throws tau across its whole range with thousands
+    wide = min(1.0, (RATE_WIDTH / spec.hidden_size) ** 0.5)
     groups = [
         {"params": [p for p in head.parameters() if p.requires_grad and p.dim() > 1],
-         "rate": rate * min(1.0, RATE_WIDTH / spec.hidden_size)},
+         "rate": rate * wide},
         {"params": [p for p in head.parameters() if p.requires_grad and p.dim() == 1], "rate": rate},
     ]  # fmt: skip
     return torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)

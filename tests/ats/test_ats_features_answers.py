@@ -48,7 +48,7 @@ def last_logits(model, window):
 @pytest.fixture
 def questions():
     sets = [LETTERS, THREE, LETTERS, None, THREE, LETTERS]
-    return [question(i, ids, (ids or LETTERS)[i % 3]) for i, ids in enumerate(sets)]
+    return [question(i, ids, (ids or LETTERS)[(i + 1) % 3]) for i, ids in enumerate(sets)]
 
 
 def test_extract_features_choices_restrict_everything_to_the_letters(llama, questions, tmp_path):

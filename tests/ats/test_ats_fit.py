@@ -176,6 +176,9 @@ def test_confidence_of_a_graded_token_is_its_own_probability(make_world):
     said = p.gather(1, features.target[:, None])[:, 0]
     expected = torch.where(features.graded, said, p.amax(-1))
     torch.testing.assert_close(confidence(features, log_scale), expected, rtol=1e-3, atol=1e-4)
+    brier = (expected - features.correct.double()).square()
+    found = curve_loss(Loss("top_label_brier"), features, log_scale)
+    torch.testing.assert_close(found.double(), brier, rtol=2e-3, atol=2e-4)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

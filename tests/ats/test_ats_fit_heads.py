@@ -138,6 +138,9 @@ def test_fit_head_of_a_wide_model_does_not_jump(make_world, monkeypatch):
         HeadSpec("temperature", "linear", 1024), fit.features, validation.features, loss=NLL, seed=0,
         on_epoch=records.append,
     )  # fmt: skip
+    groups = module._optimizer(found.head.requires_grad_(), found.head.spec).param_groups
+    # of the weights at 1024 features, and of the bias at any width
+    assert [group["rate"] for group in groups] == [0.005, 0.02]
     assert max(record.fit_loss for record in records) < records[0].fit_loss + 0.01
     assert mean_nll(test, head_log_scales(found.head, test.features)) < scalar_nll(fit, test) - 0.02
 
@@ -163,7 +166,8 @@ def test_fit_head_records_begin_at_the_scalar_and_the_least_is_kept(architecture
     assert all(r.alpha is None for r in records)
 
 
-def test_fit_head_stops_early_and_keeps_the_scalar_when_every_epoch_is_worse(make_world):
+def test_fit_head_stops_early_and_keeps_the_scalar_when_every_epoch_is_worse(make_world, monkeypatch):
+    monkeypatch.setattr(module, "shrink", lambda *_: 1.0)  # it would hide what is kept
     fit = make_world(heterogeneous, tokens=2048, seed=1)
     mirrored = make_world(lambda hidden: -(hidden @ DIRECTION) - 0.4, tokens=1024, seed=2)
     records = []
@@ -171,7 +175,7 @@ def test_fit_head_stops_early_and_keeps_the_scalar_when_every_epoch_is_worse(mak
     assert min(records, key=lambda r: r.validation_loss).epoch == found.best_epoch == 0
     assert len(records) == 1 + module.PATIENCE * found.epochs < found.epochs
     assert found.head.weight.eq(0).all()
-    assert found.head.bias.item() == pytest.approx(fit_temperature(fit.features, NLL), abs=0.05)
+    assert found.head.bias.item() == pytest.approx(fit_temperature(fit.features, NLL), abs=1e-6)
 
 
 @pytest.mark.parametrize("architecture", SPECS)
@@ -318,6 +322,24 @@ def test_fit_head_answer_learns_which_answers_are_right(architecture, make_world
     head = fit_head(SPECS[architecture], fit, validation, loss=loss, seed=0).head
     scalar = torch.full((len(test),), fit_temperature(fit, loss))
     assert mean_loss(loss, test, head) < curve_loss(loss, test, scalar).mean().item() - 0.02
+
+
+def test_fit_head_answer_takes_whole_answers_into_a_batch(make_world, monkeypatch):
+    seen, plain = [], module.curve_loss
+
+    def spy(loss, features, log_scale, tokens=None):
+        if tokens is not None:
+            seen.append((features, tokens))
+        return plain(loss, features, log_scale, tokens)
+
+    monkeypatch.setattr(module, "curve_loss", spy)
+    monkeypatch.setattr(module, "MIN_STEPS", 4)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 100)
+    fit, validation = (graded(make_world(constant(0.0), tokens=n, seed=n)) for n in (800, 400))
+    fit_head(SPECS["linear"], fit, validation, loss=Loss("answer"), seed=0)
+    assert len(seen) > 20
+    for features, tokens in seen:
+        assert torch.isin(features.window, features.window[tokens]).sum() == len(tokens) == 100
 
 
 def test_fit_head_answer_needs_grades(linear_worlds):

@@ -32,10 +32,10 @@ def uninterrupted(run, tmp_path_factory):
 @pytest.fixture
 def written_shards(monkeypatch):
     """Names of the shards that this process computes from now on."""
-    from llmrl.ats import features
+    from llmrl.ats import extract
 
-    names, real = [], features._write_shard
-    monkeypatch.setattr(features, "_write_shard", lambda path, part: names.append(path.name) or real(path, part))
+    names, real = [], extract._write_shard
+    monkeypatch.setattr(extract, "_write_shard", lambda path, part: names.append(path.name) or real(path, part))
     return names
 
 
@@ -101,41 +101,41 @@ def test_calibrate_interrupted_goes_on_where_it_was(
 
 
 def test_calibrate_goes_on_without_being_asked(run, uninterrupted, written_shards, monkeypatch, tmp_path):
-    from llmrl.ats import features
+    from llmrl.ats import extract
 
     out = tmp_path / "out"
-    interrupt_after(monkeypatch, features, written_shards, 2)
+    interrupt_after(monkeypatch, extract, written_shards, 2)
     assert run(out).code == 130
     kept = list(written_shards)
     monkeypatch.undo()
-    written = record_shards(monkeypatch, features)
+    written = record_shards(monkeypatch, extract)
     assert run(out).code == 0
     assert not set(kept) & set(written)
     assert (out / "report.json").read_bytes() == uninterrupted
 
 
-def interrupt_after(monkeypatch, features, written, count):
-    real = features._write_shard
+def interrupt_after(monkeypatch, extract, written, count):
+    real = extract._write_shard
 
     def write(path, part):
         real(path, part)
         if len(written) == count:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "_write_shard", write)
+    monkeypatch.setattr(extract, "_write_shard", write)
 
 
-def record_shards(monkeypatch, features):
-    names, real = [], features._write_shard
-    monkeypatch.setattr(features, "_write_shard", lambda path, part: names.append(path.name) or real(path, part))
+def record_shards(monkeypatch, extract):
+    names, real = [], extract._write_shard
+    monkeypatch.setattr(extract, "_write_shard", lambda path, part: names.append(path.name) or real(path, part))
     return names
 
 
 def test_calibrate_refuses_to_go_on_with_another_run(run, book, llmrl, stories_dir, monkeypatch, tmp_path):
-    from llmrl.ats import features
+    from llmrl.ats import extract
 
     out, other = tmp_path / "out", tmp_path / "other.txt"
-    interrupt_after(monkeypatch, features, record_shards(monkeypatch, features), 1)
+    interrupt_after(monkeypatch, extract, record_shards(monkeypatch, extract), 1)
     assert run(out).code == 130
     monkeypatch.undo()
     before = shards(tmp_path / "out.partial")
@@ -154,9 +154,9 @@ def test_calibrate_refuses_to_go_on_with_another_run(run, book, llmrl, stories_d
 
 @pytest.mark.parametrize("stage", ["fits", "saving", "publishing"])
 def test_calibrate_interrupted_later_keeps_the_features(stage, run, uninterrupted, monkeypatch, tmp_path):
-    from llmrl.ats import calibrate, features
+    from llmrl.ats import calibrate, extract
 
-    target = {"fits": "fit_and_score", "saving": "_save", "publishing": "publish_folder"}[stage]
+    target = {"fits": "fit_and_score", "saving": "save_and_check", "publishing": "publish_folder"}[stage]
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -166,7 +166,7 @@ def test_calibrate_interrupted_later_keeps_the_features(stage, run, uninterrupte
     assert run(out).code == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]
     monkeypatch.undo()
-    written = record_shards(monkeypatch, features)
+    written = record_shards(monkeypatch, extract)
     assert run(out, "--resume_from_checkpoint").code == 0
     assert written == []
     assert (out / "report.json").read_bytes() == uninterrupted
@@ -189,7 +189,7 @@ def fill_disk(monkeypatch, when):
 
 
 def test_calibrate_on_a_full_disk_keeps_finished_shards(run, uninterrupted, monkeypatch, tmp_path):
-    from llmrl.ats import features
+    from llmrl.ats import extract
 
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     fill_disk(monkeypatch, lambda path: "features-00002" in path)
@@ -203,7 +203,7 @@ def test_calibrate_on_a_full_disk_keeps_finished_shards(run, uninterrupted, monk
     assert len(kept) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]
     monkeypatch.undo()
-    written = record_shards(monkeypatch, features)
+    written = record_shards(monkeypatch, extract)
     assert run(out, "--resume_from_checkpoint").code == 0
     assert written
     assert not kept.keys() & set(written)
@@ -244,11 +244,11 @@ def test_calibrate_at_a_file_size_limit(book, stories_dir, tmp_path):
 def test_calibrate_partial_of_another_version_of_the_base(run, stories_dir, llmrl, book, monkeypatch, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from llmrl.ats import features
+    from llmrl.ats import extract
 
     base = shutil.copytree(stories_dir, tmp_path / "base")
     argv = ["calibrate", base, "--data", book, "--output_dir", tmp_path / "out", *OPTIONS]
-    interrupt_after(monkeypatch, features, record_shards(monkeypatch, features), 1)
+    interrupt_after(monkeypatch, extract, record_shards(monkeypatch, extract), 1)
     assert llmrl(*argv).code == 130
     monkeypatch.undo()
     tensors = load_file(base / "model.safetensors")
