@@ -1,10 +1,10 @@
 """Fitting a head that reads hidden states, by AdamW on cached features.
 
 A head sees standardised states and starts at the best single temperature for its own loss, so that it can only be better
-than that on the data it is fitted on; the epoch with the least validation loss is kept, epoch 0 included, and the fit stops
-when there has been no better one for a while. A linear head has its standardisation folded into weight and bias, the others
-keep it in `scale` and `shift`. Heads that read sequences, and the loss "answer", are fitted on batches of whole windows, the
-rest on batches of tokens.
+than that on the data it is fitted on. The epoch with the least validation loss is kept, epoch 0 included; the fit stops when
+there has been no better one for a while, and at the end `shrink` takes back what was learnt by heart. A linear head has its
+standardisation folded into weight and bias, the others keep it in `scale` and `shift`. Heads that read sequences, and the
+loss "answer", are fitted on batches of whole windows, the rest on batches of tokens.
 """
 
 from __future__ import annotations
