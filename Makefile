@@ -46,8 +46,8 @@ install-cuda:
 demo: setup  ## calibrate a real released model on real text, reload it, generate, serve-check it
 	@$(BIN)/python examples/calibrate_and_serve.py
 
-test: setup lint  ## lint, types, and all tests
-	@$(BIN)/python -m pytest
+test: setup lint  ## lint, types, and all tests, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .

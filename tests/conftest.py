@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors this small a second 
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+_ONE_PROCESS = ("e2e", "rollout", "serving")
 
 _SMALL = {
     "vocab_size": 512,
@@ -39,6 +40,14 @@ _ARCHITECTURES = {
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "phi": ("Phi", {"num_key_value_heads": 4}),
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """For pytest-xdist: folders that share a vLLM stay in one process, of the others each file does."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder in _ONE_PROCESS else item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 """A head that reads earlier positions: the same numbers with and without a KV cache, however the tokens come in."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 
 from llmrl.errors import ModelError
 from llmrl.head_cache import visible
+from llmrl.heads_forward import LogitsHeadsMixin, forward_with_heads
 
 IDS = torch.randint(3, 500, (2, 14), generator=torch.Generator().manual_seed(1))
 ALMOST = {"rtol": 1e-4, "atol": 1e-4}
@@ -67,8 +70,6 @@ def test_pieces_through_a_cache_are_the_whole(model, whole, sizes):
 
 
 def test_pieces_through_a_static_cache_are_the_whole(model, whole):
-    from transformers import StaticCache
-
     cache = StaticCache(config=model.config, max_cache_len=20)
     torch.testing.assert_close(in_pieces(model, cache, (6, 1, 7)), whole, **ALMOST)
 
@@ -112,12 +113,52 @@ def test_left_padded_rows_are_rows_alone(model, whole, cache):
             torch.testing.assert_close(ours, theirs, **ALMOST)
 
 
-def test_beam_search_moves_the_heads_state_with_the_beams(model):
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_beam_search_moves_the_heads_state_with_the_beams(model, cache):
     settings = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "early_stopping": True}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
     mask = torch.ones_like(IDS)
     with torch.inference_mode():
-        cached = model.generate(IDS, attention_mask=mask, **settings)
-        assert cached.equal(model.generate(IDS, attention_mask=mask, use_cache=False, **settings))
+        cached = model.generate(IDS, attention_mask=mask, cache_implementation=cache, **settings)
+        plain = model.generate(IDS, attention_mask=mask, use_cache=False, **settings)
+    assert cached.sequences.equal(plain.sequences)
+    torch.testing.assert_close(cached.sequences_scores, plain.sequences_scores, **ALMOST)
+
+
+def test_static_cache_that_is_reset_forgets_in_the_head_too(model, whole):
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    in_pieces(model, cache, (6, 8), ids=IDS.flip(0, 1))
+    with torch.inference_mode():
+        cache.reset()
+    torch.testing.assert_close(in_pieces(model, cache, (5, 9)), whole, **ALMOST)
+
+
+def test_static_cache_of_a_base_with_sliding_windows_is_long_enough_for_the_head(tiny_model, save_head, tmp_path):
+    """Half of the layers see six tokens; the head sees all."""
+    save_head(tiny_model("gemma2"), tmp_path, architecture="transformer", merged=True)
+    model = load(tmp_path, sliding_window=6)
+    settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings |= {"attention_mask": torch.ones_like(IDS), "pad_token_id": 0}
+    with torch.inference_mode():
+        static = model.generate(IDS, cache_implementation="static", **settings)
+        plain = model.generate(IDS, use_cache=False, **settings)
+    assert [layer.max_cache_len for layer in static.past_key_values.layers] == [6, 17, 17]
+    torch.testing.assert_close(torch.stack(static.logits), torch.stack(plain.logits), **ALMOST)
+
+
+def test_two_heads_have_a_place_in_the_cache_each(folder, save_head, tiny_model, tmp_path):
+    model = load(folder)
+    first = model.llmrl_heads["temperature"]
+    second = save_head(tiny_model("llama"), tmp_path, architecture="transformer")["temperature"]
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(0.7)
+    model.attach_heads(torch.nn.ModuleDict({"first": first, "second": second}))
+    with torch.inference_mode():
+        whole = model(input_ids=IDS, use_cache=False).logits
+        cache = model(input_ids=IDS[:, :1], use_cache=True).past_key_values
+    assert [layer.head for layer in cache.layers if hasattr(layer, "head")] == ["first", "second"]
+    torch.testing.assert_close(in_pieces(model, None, (5, 1, 8)), whole, **ALMOST)
 
 
 def test_cropped_cache_forgets_in_the_head_too(model, whole):
@@ -135,6 +176,33 @@ def test_logits_to_keep_are_rows_of_the_whole(model, whole, keep):
     rows = keep if torch.is_tensor(keep) else slice(-keep, None)
     with torch.inference_mode():
         torch.testing.assert_close(model(input_ids=IDS, logits_to_keep=keep).logits, whole[:, rows], **ALMOST)
+
+
+def test_base_that_computes_all_rows_whatever_is_asked_for(folder, model, whole):
+    class AllRows(LlamaForCausalLM):
+        def forward(self, input_ids=None, logits_to_keep=0, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    class WithHeads(LogitsHeadsMixin, AllRows):
+        forward = forward_with_heads(AllRows.forward)
+
+    other = WithHeads(model.config).eval()
+    other.attach_heads(copy.deepcopy(model.llmrl_heads))
+    other.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(other(input_ids=IDS, logits_to_keep=3).logits, whole, **ALMOST)
+
+
+def test_heads_that_are_replaced_leave_nothing_behind(folder):
+    model = load(folder)
+    for _ in range(2):
+        model.attach_heads(model.llmrl_heads)
+    with torch.inference_mode():
+        model(input_ids=IDS)
+    assert [name for name, value in vars(model).items() if torch.is_tensor(value)] == []  # no states after the call
+    assert len(model.get_output_embeddings()._forward_pre_hooks) == len(model.model._forward_hooks) == 1
+    model.attach_heads(torch.nn.ModuleDict())
+    assert not model.model._forward_hooks
 
 
 def test_bfloat16_pieces_stay_near_the_whole(folder):

@@ -74,12 +74,15 @@ def interval(
     }
 
 
-def clusters_of(window: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
+def clusters_of(window: NDArray[np.int64], *, questions: bool = False) -> tuple[NDArray[np.int64], str]:
     """Return what the bootstrap draws, a cluster number per token, and its name.
 
     Windows, or, where there are fewer than MIN_CLUSTERS of them, blocks of consecutive tokens: one window drawn again and
-    again would give an interval of no width.
+    again would give an interval of no width. Where `window` numbers the questions of answers, questions however few they
+    are: answers to one of them are right and wrong together, and a block of them would count as so many questions.
     """
+    if questions:
+        return window, "question"
     if len(np.unique(window)) >= MIN_CLUSTERS:
         return window, "window"
     size = max(1, len(window) // (2 * MIN_CLUSTERS))

@@ -48,6 +48,11 @@ class Window:
     choices: tuple[int, ...] | None = None
     grade: bool | None = None
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The ids before the first scored one: of a graded answer, the question as the model read it."""
+        return tuple(self.token_ids[: self.scored.index(True)])
+
 
 @dataclass
 class Windows:

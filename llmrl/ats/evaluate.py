@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ def fit_and_score(
     aggregate: str = "mean",
     sources: list[str] | None = None,
     on_epoch: Callable[[str, FitRecord], None] = lambda method, record: None,
+    on_fit: Callable[[str, float], None] = lambda method, seconds: None,
 ) -> SeedResult:
     """Fit on `split.fit`, choose on `split.validation`, report `split.test`, which nothing was tuned on.
 
@@ -96,6 +98,7 @@ def fit_and_score(
         aggregate: of the loss "answer".
         sources: file of each window, the groups of "oracle-group".
         on_epoch: called with the method and the record of each epoch.
+        on_fit: called with the method and the seconds its fit took.
     """
     parts = {name: features.of_windows(getattr(split, name)) for name in PARTS}
     # a generator of its own for each part: the same permutation on two parts of one length would be a coincidence
@@ -104,7 +107,9 @@ def fit_and_score(
     fits: dict[str, dict[str, Any]] = {}
     fitting = _Fitting(layer, config, Loss(loss, aggregate=aggregate), seed, on_epoch)
     for name in (name for name in methods if name != ORACLE and name not in RECALIBRATED):
+        start = perf_counter()
         heads[name], fits[name] = fitting.fit(name, shuffled if name == SHUFFLED else parts)
+        on_fit(name, perf_counter() - start)
     chosen: dict[str, Predictions] = {}
     for name, head in heads.items():
         part = (shuffled if name == SHUFFLED else parts)["validation"]
@@ -246,7 +251,7 @@ def _recalibrated(kind: str, fit: Predictions, test: Predictions) -> Predictions
 
 
 def _reported(tokens: Predictions, features: TokenFeatures, aggregate: str) -> Predictions:
-    return answers_of(tokens, aggregate) if features.graded.all() else tokens
+    return answers_of(tokens, aggregate, features.question) if features.graded.all() else tokens
 
 
 def _units(features: TokenFeatures) -> int:

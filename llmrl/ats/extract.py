@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,19 @@ def extract_features(
             _write_shard(path, _shard(model, layer, part, start, numbers, choices, batch_size, sequences))
         progress(start + len(part), len(windows))
     barrier()
-    return _read_shards(paths, choices)
+    return replace(_read_shards(paths, choices), question=_questions(windows), unscored=_unscored(windows))
+
+
+def _questions(windows: list[Window]) -> Tensor:
+    """Return a number for each window, the same for graded answers to one question."""
+    numbers: dict[Any, int] = {}
+    keys = [index if window.grade is None else window.prompt for index, window in enumerate(windows)]
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def _unscored(windows: list[Window]) -> Tensor:
+    """Return how many tokens of each window are predicted (all but the first) and do not count."""
+    return torch.tensor([len(window.token_ids) - 1 - sum(window.scored) for window in windows])
 
 
 def _choice_numbers(windows: list[Window]) -> dict[tuple[int, ...] | None, int]:

@@ -12,7 +12,7 @@ and `offsets[w + 1]`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class TokenFeatures:
         choice: `[N]` int64, row of `choices`, -1 for the whole vocabulary.
         choices: `[C, K]` int64 token ids, filled up with -1.
         curve, slope: `[N, knots]` float32.
+        question: `[W]` int64, of each window of the whole data set a number that graded answers to one question share; `[0]`
+            where every window stands for itself.
+        unscored: `[W]` int64, how many tokens of each window are predicted and do not count (the prompt's); `[0]` for none.
     """
 
     states: Tensor
@@ -58,6 +61,8 @@ class TokenFeatures:
     choices: Tensor
     curve: Tensor
     slope: Tensor
+    question: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    unscored: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def __len__(self) -> int:
         return self.gap.shape[0]
@@ -91,7 +96,7 @@ class TokenFeatures:
         yield from logits_chunks(layer, part.states, part.row, part.target, part.choice, part.choices)
 
 
-_SHARED = ("states", "offsets", "choices")
+_SHARED = ("states", "offsets", "choices", "question", "unscored")
 PER_TOKEN = tuple(f.name for f in fields(TokenFeatures) if f.name not in _SHARED)
 
 

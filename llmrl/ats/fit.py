@@ -35,11 +35,12 @@ def curve_loss(loss: Loss, features: TokenFeatures, log_scale: Tensor, tokens: T
         loss: which.
         features: N tokens; for the loss "answer" only graded ones, see `tokens_of_loss`.
         log_scale: `[M]` of the tokens at the indices `tokens` `[M]` (None: of all).
-        tokens: for the loss "answer" all those of each answer, in order.
+        tokens: for a loss of whole windows all those of each window, in order.
     """
     lse = lse_interpolate(features.curve, features.slope, log_scale, tokens)
     picked = slice(None) if tokens is None else tokens
     gap, graded = features.gap[picked], features.graded[picked]
+    numbers, window = features.window[picked].unique_consecutive(return_inverse=True)
     at = Tempered(
         lse=lse,
         scale=log_scale.exp(),
@@ -48,7 +49,8 @@ def curve_loss(loss: Loss, features: TokenFeatures, log_scale: Tensor, tokens: T
         top_gap=features.top_gap[picked],
         confidence_gap=torch.where(graded, gap, 0.0),
         correct=features.correct[picked],
-        answer=features.window[picked].unique_consecutive(return_inverse=True)[1],
+        window=window,
+        unscored=features.unscored[numbers] if len(features.unscored) else torch.zeros_like(numbers),
     )
     return calibration_loss(loss, at)
 

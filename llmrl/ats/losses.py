@@ -21,7 +21,8 @@ from torch import Tensor
 
 from llmrl.errors import UsageError, did_you_mean
 
-SMOOTHING = ("smoothing", "smoothing-reference", "smoothing-topk")
+REFERENCE = "smoothing-reference"
+SMOOTHING = ("smoothing", REFERENCE, "smoothing-topk")
 LOSSES = ("nll", "top_label", "nll+top_label", "top_label_brier", *SMOOTHING, "answer")
 AGGREGATES = ("mean", "geometric_mean", "product", "min", "first", "last")
 TOP_K = 5
@@ -49,14 +50,20 @@ class Loss:
         if not 0.0 < self.alpha < 1.0:
             raise UsageError(f"alpha of the smoothing loss must lie between 0 and 1, got {self.alpha}")
 
+    @property
+    def of_windows(self) -> bool:
+        """Whether it is a loss of whole windows (an answer, a sequence), all of whose tokens must be there."""
+        return self.name in ("answer", REFERENCE)
+
 
 @dataclass(frozen=True)
 class Tempered:
     """N tokens at their temperatures, each `[N]`: all that a loss reads.
 
     lse L(s) and scale s; gap, mean_gap and top_gap are m minus the target's logit, the mean logit, the mean of the TOP_K
-    largest; confidence_gap is 0, or `gap` where the confidence is that of the token that was said; answer numbers the
-    answers 0, 1, ... in order (read by the answer loss only).
+    largest; confidence_gap is 0, or `gap` where the confidence is that of the token that was said. Read by losses of whole
+    windows only: window numbers the windows (answers) 0, 1, ... in order; unscored `[W]` is how many tokens of each do not
+    count.
     """
 
     lse: Tensor
@@ -66,17 +73,21 @@ class Tempered:
     top_gap: Tensor
     confidence_gap: Tensor
     correct: Tensor
-    answer: Tensor
+    window: Tensor
+    unscored: Tensor
 
 
 def calibration_loss(loss: Loss, at: Tempered) -> Tensor:
-    """Return `[N]` values (one an answer for "answer") whose mean is the loss."""
+    """Return `[N]` values (`[W]` for a loss of whole windows) whose mean is the loss."""
     if loss.name == "answer":
-        return answer_log_loss(-nll(at.lse, at.scale, at.gap), at.answer, at.correct, loss.aggregate)
+        return answer_log_loss(-nll(at.lse, at.scale, at.gap), at.window, at.correct, loss.aggregate)
     if loss.name in SMOOTHING:
         spread = at.top_gap if loss.name == "smoothing-topk" else at.mean_gap
         value = selective_smoothing(at.lse, at.scale, at.gap, spread, at.correct, loss.alpha)
-        return value * reference_weights(at.correct, loss.alpha) if loss.name == "smoothing-reference" else value
+        if loss.name == REFERENCE:
+            weights = reference_weights(at.correct, loss.alpha, at.window, at.unscored)
+            return torch.zeros(len(at.unscored), dtype=value.dtype).index_add(0, at.window, value * weights)
+        return value
     surprise = at.lse + at.scale * at.confidence_gap  # -log confidence
     if loss.name == "nll":
         return nll(at.lse, at.scale, at.gap)
@@ -162,23 +173,24 @@ def selective_smoothing(
     return torch.where(correct, (1.0 - alpha) * (lse + scale * gap), alpha * (lse + scale * spread_gap))
 
 
-def reference_weights(correct: Tensor, alpha: float, ignored: int = 0) -> Tensor:
-    """Return `[N]` factors that turn the mean of `selective_smoothing` into the loss of the paper's code.
+def reference_weights(correct: Tensor, alpha: float, window: Tensor, unscored: Tensor) -> Tensor:
+    """Return `[N]` factors: the sum of a window's `selective_smoothing` values times these is its loss in the paper's code.
 
-    The code averages correct and wrong tokens of a micro-batch apart and weighs the averages by (1 - alpha) times the
-    fraction of wrong tokens and alpha times the fraction of correct ones, divided by their sum. So a token's weight depends
-    on what else is in its batch, and a batch with correct tokens only, or with wrong ones only, has loss 0. Prompt and
-    padding tokens count as wrong ones of loss 0.
+    The code reads one sequence at a time. It averages the correct and the wrong tokens apart and weighs the averages by
+    (1 - alpha) times the fraction of wrong tokens and alpha times the fraction of correct ones, divided by their sum. Prompt
+    tokens count as wrong ones of loss 0. So a token's weight depends on the rest of its sequence and on the length of the
+    prompt, and a sequence of correct tokens only, or of wrong ones only, has loss 0.
 
     Args:
-        correct: `[N]` of the scored tokens of one batch.
+        correct: `[N]` of the scored tokens.
         alpha: as in `selective_smoothing`.
-        ignored: number of prompt and padding tokens in the batch; 0 leaves that defect out.
+        window: `[N]` the window of each, 0 to W - 1.
+        unscored: `[W]` number of tokens that are predicted and do not count, in each window.
     """
-    right = correct.sum().double()
-    wrong = (~correct).sum().double() + ignored
-    hard, smooth = (1.0 - alpha) * wrong, alpha * right
+    count = torch.bincount(window, minlength=len(unscored))
+    right = torch.bincount(window, weights=correct.double(), minlength=len(unscored))
+    wrong = count - right + unscored
+    total = ((1.0 - alpha) * wrong + alpha * right).clamp_min(1e-300)
     # without alpha and 1 - alpha, which `selective_smoothing` has already put in
-    hard_weight, smooth_weight = wrong / right.clamp_min(1.0), right / wrong.clamp_min(1.0)
-    weights = torch.where(correct, hard_weight, smooth_weight) / (hard + smooth).clamp_min(1e-300)
-    return (weights * len(correct)).to(torch.get_default_dtype())
+    for_right, for_wrong = wrong / right.clamp_min(1.0) / total, right / wrong.clamp_min(1.0) / total
+    return torch.where(correct, for_right[window], for_wrong[window]).to(torch.get_default_dtype())

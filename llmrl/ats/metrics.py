@@ -89,12 +89,16 @@ _RANK_BINS = 512
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of one method, per token `[N]`: top-1 confidence, whether top-1 was right, -log p of the target, its window."""
+    """Of one method, per token `[N]`: top-1 confidence, whether top-1 was right, -log p of the target, its window.
+
+    Of graded answers each is an answer's, and with `questions` `window` is the question it answers: what the bootstrap draws.
+    """
 
     confidence: Array
     correct: NDArray[np.bool_]
     nll: Array
     window: NDArray[np.int64]
+    questions: bool = False
 
 
 def auroc(confidence: Array, correct: NDArray[np.bool_]) -> float:
@@ -224,7 +228,8 @@ def compare_methods(
     Returns:
         name -> metric -> {"value", "low", "high"}, and the same for "a - b", paired: an interval without 0 is a difference.
     """
-    window = clusters_of(next(iter(predictions.values())).window)[0]
+    first = next(iter(predictions.values()))
+    window = clusters_of(first.window, questions=first.questions)[0]
     predictions = {name: replace(p, window=window) for name, p in predictions.items()}
     weights = draw_weights(window, draws, seed)
     points = {name: point_metrics(p) for name, p in predictions.items()}

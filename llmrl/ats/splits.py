@@ -2,6 +2,8 @@
 
 The unit that is dealt out is a row where a file has 24 or more; of a file with fewer, a block of up to 14 consecutive windows
 of a row, so that a test window's immediate neighbours are mostly test windows too. Rows with the same tokens make one unit.
+Of answers the model gave itself the unit is the question: all answers to it, in however few rows, and those of rows that ask
+it again.
 Units of each file are shuffled, then each goes to the part that lags most behind its share of the tokens, so every file is in
 every part in the same proportion.
 """
@@ -77,7 +79,7 @@ def limit_windows(windows: list[Window], max_tokens: int, seed: int) -> list[Win
 
 
 def duplicate_rows(windows: list[Window]) -> int:
-    """Return how many rows repeat the tokens of an earlier one."""
+    """Return how many rows repeat the tokens of an earlier one, or, of graded answers, its question."""
     rows = _rows(windows)
     return len(rows) - len({_content(windows, row) for row in rows.values()})
 
@@ -92,7 +94,8 @@ def _units(windows: list[Window]) -> list[list[int]]:
     block = max(1, min(MAX_BLOCK, len(windows) // _ENOUGH))
     units: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for row in rows.values():
-        size = len(row) if per_source[windows[row[0]].source] >= _ENOUGH else block
+        whole = _is_graded(windows, row) or per_source[windows[row[0]].source] >= _ENOUGH
+        size = len(row) if whole else block
         for start in range(0, len(row), size):
             part = row[start : start + size]
             # the same text again must not be fitted on and tested on
@@ -108,4 +111,10 @@ def _rows(windows: list[Window]) -> dict[int, list[int]]:
 
 
 def _content(windows: list[Window], part: list[int]) -> tuple[tuple[int, ...], ...]:
+    if _is_graded(windows, part):
+        return (windows[part[0]].prompt,)  # the answers differ wherever they are drawn
     return tuple(tuple(windows[i].token_ids) for i in part)
+
+
+def _is_graded(windows: list[Window], part: list[int]) -> bool:
+    return windows[part[0]].grade is not None

@@ -1,21 +1,30 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from llmrl.ats import evaluate as module
 from llmrl.ats.evaluate import (
+    ISOTONIC,
     NOT_SELECTABLE,
     ORACLE,
+    PAPER_HEAD,
+    SCALING_BINNING,
     fit_and_score,
     oracle_log_scales,
     pairs_of,
     predict,
 )
+from llmrl.ats.fit import fit_temperature, shuffle_hidden
+from llmrl.ats.fit_heads import Fit
 from llmrl.ats.options import LINEAR, MLP, NONE, SHUFFLED, TEMPERATURE, TEMPERATURE_ECE, TRANSFORMER, VECTOR
+from llmrl.ats.recalibrate import fit_recalibration
 from llmrl.ats.run_heads import head_log_scales
 from llmrl.ats.splits import Split
 from llmrl.errors import UsageError
+from llmrl.heads import build_head
 
 DIRECTION = torch.tensor([0.5, -0.3, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0])
 ALL = [NONE, TEMPERATURE, TEMPERATURE_ECE, LINEAR, SHUFFLED]
@@ -168,6 +177,124 @@ def test_fit_and_score_smoothing_says_its_alpha(make_world):
     )  # fmt: skip
     assert found.fits[LINEAR]["alpha"] in alphas
     assert len(alphas) == 5
+
+
+def test_fit_and_score_control_reads_shuffled_states_wherever_it_is_fitted_and_scored(make_world, monkeypatch):
+    """With a known head in place of fits; each part is shuffled in its own order."""
+    world = make_world(heterogeneous, tokens=1600, windows=100)
+    split = Split(fit=list(range(40)), validation=list(range(40, 70)), test=list(range(70, 100)))
+    shuffled, fitted = {}, []
+
+    def shuffle(part, seed):
+        found = shuffle_hidden(part, seed)
+        shuffled[int(part.window[0])] = found
+        return found
+
+    def fit(spec, fit, validation, *, loss, **options):
+        fitted.append((fit, validation))
+        head = build_head(spec).requires_grad_(False)
+        head.weight.copy_(DIRECTION[None])
+        return Fit(head, loss, best_epoch=1, epochs=1, shrink=1.0)
+
+    monkeypatch.setattr(module, "shuffle_hidden", shuffle)
+    monkeypatch.setattr(module, "fit_head_tuned", fit)
+    found = fit_and_score(
+        world.features, split, world.layer, methods=[NONE, LINEAR, SHUFFLED], loss="nll", seed=1, draws=20
+    )
+    parts = {name: world.features.of_windows(getattr(split, name)) for name in ("fit", "validation", "test")}
+    control = {name: shuffled[int(part.window[0])] for name, part in parts.items()}
+    for seen, given in zip((parts, control), fitted, strict=True):
+        assert [part.row.tolist() for part in given] == [seen[name].row.tolist() for name in ("fit", "validation")]
+    orders = [control[name].row - parts[name].row[0] for name in ("validation", "test")]
+    assert orders[0].sort().values.equal(orders[1].sort().values)
+    assert not orders[0].equal(orders[1])
+    for name in ("validation", "test"):
+        for method, seen in ((LINEAR, parts), (SHUFFLED, control)):
+            tau = (seen[name].hidden @ DIRECTION).double()
+            expected = (world.logits[parts[name].row].double() * tau.exp()[:, None]).softmax(-1).amax(-1)
+            assert found.predictions[name][method].confidence == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+def test_fit_and_score_of_graded_answers_is_about_whole_answers(make_world, monkeypatch):
+    """Scalars, heads, bound and scores: all by the product of an answer's probabilities, none by the likelihood."""
+    monkeypatch.setattr("llmrl.ats.fit_heads.MIN_STEPS", 3)
+    world = make_world(heterogeneous, tokens=1600, windows=400)  # answers of four tokens
+    said = world.logits.argmax(-1)
+    right = torch.rand(400, generator=torch.Generator().manual_seed(2)) < 0.4
+    features = replace(
+        world.features,
+        target=said,
+        gap=torch.zeros(1600),
+        graded=torch.ones(1600, dtype=torch.bool),
+        correct=right[world.features.window],
+    )
+    split = Split(fit=list(range(200)), validation=list(range(200, 260)), test=list(range(260, 400)))
+    records = {}
+    found = fit_and_score(
+        features, split, world.layer, methods=[NONE, TEMPERATURE, TEMPERATURE_ECE, LINEAR, ORACLE], loss="answer",
+        seed=0, draws=20, aggregate="product", sources=["one"] * 400,
+        on_epoch=lambda method, record: records.setdefault(method, record),
+    )  # fmt: skip
+    assert found.tokens == {"fit": 200, "validation": 60, "test": 140}
+
+    def score(log_scale, windows):
+        """Confidence and log loss of answers from full logits."""
+        p = (world.logits.double() * np.exp(log_scale)).softmax(-1).amax(-1).view(400, 4).prod(1)[windows]
+        return p.numpy(), -torch.where(right[windows], p.log(), torch.log1p(-p)).mean().item()
+
+    grid = np.linspace(-1.0, 2.0, 151)
+    best = {
+        name: min(score(u, windows)[1] for u in grid) for name, windows in (("fit", split.fit), ("test", split.test))
+    }
+    scalar = found.heads[TEMPERATURE].bias.item()
+    assert score(scalar, split.fit)[1] == pytest.approx(best["fit"], abs=1e-3)
+    assert scalar < 1.0  # by likelihood it would be log 10, the end of the range
+    part = features.of_windows(split.fit)
+    assert found.heads[TEMPERATURE_ECE].bias.item() == pytest.approx(fit_temperature(part, None, "product"))
+    assert abs(fit_temperature(part, None, "product") - fit_temperature(part, None, "mean")) > 0.1
+    # a head starts at the scalar of its own loss
+    assert (found.fits[LINEAR]["loss"], records[LINEAR].epoch) == ("answer", 0)
+    assert records[LINEAR].fit_loss == pytest.approx(best["fit"], abs=1e-3)
+    assert found.methods[ORACLE]["nll"]["value"] == pytest.approx(best["test"], abs=1e-3)
+    for method, log_scale in ((NONE, 0.0), (TEMPERATURE, scalar)):
+        confidence, loss = score(log_scale, split.test)
+        assert found.predictions["test"][method].confidence == pytest.approx(confidence, abs=1e-5)
+        assert found.methods[method]["nll"]["value"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_fit_and_score_paper_head_has_its_own_loss(make_world, monkeypatch):
+    world = make_world(heterogeneous, tokens=640, windows=40)
+    split = Split(fit=list(range(20)), validation=list(range(20, 26)), test=list(range(26, 40)))
+    losses = []
+
+    def fit(spec, *parts, loss, **options):
+        losses.append((spec.architecture, loss.name))
+        return Fit(build_head(spec).requires_grad_(False), loss, best_epoch=0, epochs=1, shrink=1.0)
+
+    monkeypatch.setattr(module, "fit_head_tuned", fit)
+    fit_and_score(
+        world.features, split, world.layer, methods=[NONE, PAPER_HEAD, TRANSFORMER], loss="top_label", seed=0, draws=20,
+        config=CONFIG,
+    )  # fmt: skip
+    assert losses == [("transformer", "smoothing"), ("transformer", "top_label")]
+
+
+def test_fit_and_score_recalibration_is_fitted_on_the_fit_part(make_world):
+    world = make_world(heterogeneous, tokens=3200, windows=100)
+    split = Split(fit=list(range(50)), validation=list(range(50, 65)), test=list(range(65, 100)))
+    found = fit_and_score(
+        world.features, split, world.layer, methods=[NONE, ISOTONIC, SCALING_BINNING], loss="nll", seed=0, draws=20
+    )
+    assert found.best == NONE  # there is no head to serve
+    parts = {name: world.features.of_windows(getattr(split, name)) for name in ("fit", "test")}
+    base = {name: predict(part, world.layer, {NONE: torch.zeros(len(part))})[NONE] for name, part in parts.items()}
+    for method, kind in ((ISOTONIC, "isotonic"), (SCALING_BINNING, "scaling_binning")):
+        said = found.predictions["test"][method]
+        expected = fit_recalibration(kind, base["fit"].confidence, base["fit"].correct)(base["test"].confidence)
+        assert said.confidence == pytest.approx(expected, abs=1e-12)
+        assert (said.correct == base["test"].correct).all()
+        assert np.isnan(said.nll).all()  # a confidence alone says nothing about the other tokens
+        assert found.methods[method]["brier"]["value"] < found.methods[NONE]["brier"]["value"]
 
 
 def test_fit_and_score_refuses_what_it_does_not_know(make_world):

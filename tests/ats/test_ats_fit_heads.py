@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from llmrl.ats import fit_heads as module
-from llmrl.ats.fit import curve_loss, fit_temperature, shuffle_hidden, tokens_of_loss
-from llmrl.ats.fit_heads import ALPHAS, fit_head, fit_head_tuned, mean_loss, one_cycle, shrink
+from llmrl.ats.fit import curve_loss, fit_temperature, scalar_head, shuffle_hidden, tokens_of_loss
+from llmrl.ats.fit_heads import ALPHAS, Fit, fit_head, fit_head_tuned, mean_loss, one_cycle
 from llmrl.ats.losses import Loss
 from llmrl.ats.run_heads import head_log_scales, window_batches
 from llmrl.errors import DataError
-from llmrl.heads import HeadSpec, build_head
+from llmrl.heads import HeadSpec
 
 NLL = Loss("nll")
 DIRECTION = torch.tensor([0.5, -0.3, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0])
@@ -186,6 +186,30 @@ def test_fit_head_same_seed_same_head_and_other_seeds_differ(architecture, make_
     assert not heads[0]["weight"].equal(heads[2]["weight"])
 
 
+def test_fit_head_deals_new_batches_every_epoch_and_limits_the_gradient(make_world, monkeypatch):
+    seen, norms, plain = [], [], module.curve_loss
+
+    def steep(loss, features, log_scale, tokens=None):
+        if tokens is not None:
+            seen.append(tokens)
+        return 1000.0 * plain(loss, features, log_scale, tokens)
+
+    def step(optimizer, closure=None):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+
+    monkeypatch.setattr(module, "curve_loss", steep)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(module, "MIN_STEPS", 12)
+    fit = make_world(heterogeneous, tokens=400)
+    fitted("linear", fit, fit)
+    epochs = [torch.cat(seen[i : i + 4]) for i in range(0, len(seen), 4)]
+    assert all(epoch.sort().values.equal(torch.arange(400)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == len(epochs) > 1
+    assert norms == pytest.approx([module.MAX_NORM] * len(norms), abs=1e-4)
+
+
 def test_one_cycle_goes_up_and_down():
     assert one_cycle(0.0) == pytest.approx(0.04)
     assert one_cycle(0.15) == pytest.approx(0.52)
@@ -229,56 +253,32 @@ def test_fit_head_gives_a_constant_feature_no_weight(architecture, dtype, make_w
     assert not any(parameter.requires_grad for parameter in head.parameters())
 
 
-# --- shrink -----------------------------------------------------------------------------------------------------------
-
-
-def known_head(direction):
-    head = build_head(SPECS["linear"]).requires_grad_(False)
-    head.weight.copy_(direction[None])
-    head.bias.fill_(-0.4)
-    return head
-
-
-def test_shrink_draws_tau_in_where_it_is_spread_too_far(make_world):
-    """The truth is half as wide as the head believes."""
-    fit, validation, test = (make_world(lambda h: h @ DIRECTION / 2 - 0.4, tokens=16384, seed=i) for i in range(3))
-    head = known_head(DIRECTION)
-    before = head_log_scales(head, test.features)
-    factor = shrink(head, fit.features, validation.features, NLL)
-    assert factor == pytest.approx(0.5, abs=0.12)
-    assert head.bias.item() == pytest.approx(-0.4, abs=0.05)
-    mean = head_log_scales(known_head(DIRECTION), validation.features).mean()
-    after = head_log_scales(head, test.features)
-    offset = after - (mean + factor * (before - mean))  # one number: it went into the last layer
-    assert offset[before > -2.5].std() < 1e-4
-    assert offset[before > -2.5].abs().max() < 0.05
-
-
-def test_shrink_never_widens_and_leaves_a_right_head_alone(make_world):
-    fit, validation = (make_world(heterogeneous, tokens=16384, seed=i) for i in range(2))
-    narrow, right = known_head(DIRECTION / 2), known_head(DIRECTION)
-    assert shrink(narrow, fit.features, validation.features, NLL) == 1.0
-    assert shrink(right, fit.features, validation.features, NLL) > 0.85
-
-
-def test_shrink_of_a_head_that_knows_nothing_is_a_scalar(make_world):
-    fit, validation = (make_world(constant(-0.5), tokens=8192, seed=i) for i in range(2))
-    head = known_head(DIRECTION)
-    assert shrink(head, fit.features, validation.features, NLL) < 0.15
-    assert head_log_scales(head, validation.features).mean() == pytest.approx(-0.5, abs=0.08)
+def test_fit_head_standardises_the_states_that_the_head_sees(make_world, monkeypatch):
+    """Those of scored tokens, or of whole windows: a transformer reads the others too."""
+    monkeypatch.setattr(module, "MIN_STEPS", 1)
+    features = make_world(heterogeneous, tokens=1024).features
+    scored = features.select(features.hidden[:, 0] > 0)
+    for architecture, states in (("mlp", scored.hidden), ("transformer", features.states)):
+        head = fit_head(SPECS[architecture], scored, scored, loss=NLL, seed=0).head
+        seen = states * head.scale + head.shift
+        torch.testing.assert_close(seen.mean(0), torch.zeros(8), rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen.std(0, correction=0), torch.ones(8), rtol=0, atol=1e-5)
 
 
 # --- the smoothing losses and answers ---------------------------------------------------------------------------------
 
 
-def test_fit_head_tuned_takes_the_alpha_of_the_least_validation_brier(make_world, monkeypatch):
+def test_fit_head_tuned_takes_the_alpha_with_which_a_linear_head_has_the_least_validation_brier(
+    make_world, monkeypatch
+):
     monkeypatch.setattr(module, "MIN_STEPS", 10)
     fit, validation, _ = worlds(make_world, heterogeneous, tokens=4096)
     records = []
     found = fit_head_tuned(
-        SPECS["linear"], fit.features, validation.features, loss=Loss("smoothing"), seed=0, on_epoch=records.append
+        SPECS["mlp"], fit.features, validation.features, loss=Loss("smoothing"), seed=0, on_epoch=records.append
     )
-    assert sorted({r.alpha for r in records}) == list(ALPHAS)
+    assert found.head.spec.architecture == "mlp"
+    assert {r.alpha for r in records} == {found.loss.alpha}  # the others are not what was asked for
     brier = {}
     for alpha in ALPHAS:
         head = fitted("linear", fit, validation, Loss("smoothing", alpha=alpha)).head
@@ -287,6 +287,15 @@ def test_fit_head_tuned_takes_the_alpha_of_the_least_validation_brier(make_world
         brier[alpha] = (confidence - validation.features.correct.double()).square().mean().item()
     assert found.loss == Loss("smoothing", alpha=min(brier, key=brier.get))
     assert max(brier.values()) > 1.02 * min(brier.values())  # there was something to choose
+
+
+def test_fit_head_tuned_asks_the_validation_part_and_not_the_fit_part(make_world, monkeypatch):
+    fit, validation = make_world(constant(-0.9), tokens=4096), make_world(constant(0.3), tokens=4096, seed=1)
+    monkeypatch.setattr(
+        module, "fit_head", lambda *parts, loss, on_epoch=None: Fit(scalar_head(loss.alpha - 0.9, 8), loss, 0, 1, 1.0)
+    )
+    found = fit_head_tuned(SPECS["linear"], fit.features, validation.features, loss=Loss("smoothing"))
+    assert found.loss.alpha == max(ALPHAS)  # at 0.0 nearest to the 0.3 of the validation part
 
 
 def test_fit_head_tuned_fits_a_proper_loss_once(make_world, monkeypatch):

@@ -3,10 +3,12 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmrl.ats.fold import final_norm, fold_temperature, foldable
@@ -35,6 +37,8 @@ def test_folded_checkpoint_is_plain_and_has_the_scaled_logits(any_model, tmp_pat
     fold_temperature(base, TAU, tmp_path)
     torch.testing.assert_close(logits(tmp_path), logits(any_model) * math.exp(TAU), rtol=1e-4, atol=1e-4)
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads((any_model / "config.json").read_text())
+    generation = "generation_config.json"
+    assert (tmp_path / generation).read_bytes() == (any_model / generation).read_bytes()
     assert all(
         base.model.state_dict()[name].equal(value) for name, value in before.items()
     )  # the loaded base is as it was
@@ -46,6 +50,37 @@ def test_fold_changes_norm_and_output_bias_alone(tiny_model, tmp_path):
     assert {name for name in old if not old[name].equal(new[name])} == {
         "model.final_layernorm.weight", "model.final_layernorm.bias", "lm_head.bias",
     }  # fmt: skip
+    with (
+        safe_open(str(tiny_model("phi") / "model.safetensors"), framework="pt") as one,
+        safe_open(str(tmp_path / "model.safetensors"), framework="pt") as other,
+    ):
+        assert one.metadata() == other.metadata() == {"format": "pt"}  # what older transformers ask for
+
+
+def without_prefix(model_dir, folder):
+    """The GPT-2 of before: its checkpoint does not name the decoder."""
+    shutil.copytree(model_dir, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("transformer."): value for name, value in tensors.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    return folder
+
+
+def test_fold_finds_tensors_that_are_stored_without_the_decoders_name(tiny_model, tmp_path):
+    base = without_prefix(tiny_model("gpt2"), tmp_path / "base")
+    (tmp_path / "folded").mkdir()
+    fold_temperature(load_base(str(base)), TAU, tmp_path / "folded")
+    assert "ln_f.weight" in load_file(tmp_path / "folded" / "model.safetensors")
+    torch.testing.assert_close(
+        logits(tmp_path / "folded"), logits(tiny_model("gpt2")) * math.exp(TAU), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_fold_refuses_a_checkpoint_that_does_not_hold_the_norm(tiny_model, tmp_path):
+    base = load_base(str(tiny_model("llama")))
+    (tmp_path / "folded").mkdir()
+    with pytest.raises(ModelError, match=r"norm\.weight is not stored in .*gpt2"):
+        fold_temperature(replace(base, folder=tiny_model("gpt2")), TAU, tmp_path / "folded")
 
 
 def test_fold_of_norms_that_add_one(tmp_path, stories_tokenizer):
@@ -88,6 +123,7 @@ def test_fold_in_bfloat16_reports_its_rounding(tiny_model, tmp_path, stories_tok
     (tmp_path / "folded").mkdir()
     error = fold_temperature(load_base(str(base)), TAU, tmp_path / "folded")
     assert 1e-4 < error < 2e-2
+    assert {value.dtype for value in load_file(tmp_path / "folded" / "model.safetensors").values()} == {torch.bfloat16}
     wanted, found = logits(base, dtype="auto") * math.exp(TAU), logits(tmp_path / "folded", dtype="auto")
     assert ((found - wanted).abs().max() / wanted.abs().max()).item() < 2e-2
 
@@ -98,6 +134,13 @@ def test_final_norm_is_the_last_one_not_the_embeddings(stories_tokenizer):
     config = transformers.BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=4)
     name, _ = final_norm(transformers.BloomForCausalLM(config))
     assert name == "transformer.ln_f"
+
+
+def test_final_norm_is_the_decoders_whatever_else_the_model_has(tiny_model):
+    model = load_base(str(tiny_model("llama"))).model
+    model.projector = torch.nn.LayerNorm(32)  # as beside a vision tower
+    name, _ = final_norm(model)
+    assert name == "model.norm"
 
 
 def test_model_without_a_final_norm_is_refused(tiny_model):

@@ -159,6 +159,13 @@ def test_top_label_log_loss_confidence_of_exactly_one_is_finite():
 def test_top_label_log_loss_below_zero_lse_from_interpolation_is_finite():
     loss = top_label_log_loss(torch.tensor([-1e-6, -1e-6]), torch.tensor([True, False]))
     assert torch.isfinite(loss).all()
+    assert top_label_brier(torch.tensor([-1e-6]), torch.tensor([True])).item() == 0.0
+
+
+def test_top_label_log_loss_of_a_sure_and_wrong_token_keeps_its_digits():
+    """1 - exp(-1e-6) in float32 is five percent off."""
+    found = top_label_log_loss(torch.tensor([1e-6]), torch.tensor([False]))
+    torch.testing.assert_close(found, torch.tensor([-math.log(1e-6)]), rtol=1e-6, atol=0)
 
 
 def test_top_label_brier_by_hand():

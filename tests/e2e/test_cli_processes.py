@@ -1,8 +1,16 @@
 """Two processes: one result that is the one of a single process, and a refusal where there is nothing to share out."""
 
-import pytest
+import json
 
-OPTIONS = ("--max_length", "33", "--method", "temperature", "--bootstrap_draws", "50", "--batch_size", "8", "--quiet")
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+# every head; windows enough for a shard of features each
+OPTIONS = (
+    *("--method", "all", "--max_length", "33", "--max_tokens", "3000", "--batch_size", "8"),
+    *("--bootstrap_draws", "50", "--quiet"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +32,29 @@ def torchrun(process):
     return run
 
 
-def test_calibrate_on_two_processes_gives_the_result_of_one(torchrun, alone, book, stories_dir, tmp_path):
+def leaves(value, path=""):
+    """Path -> number, text or None."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for name, part in items for key, leaf in leaves(part, f"{path}/{name}").items()}
+    return {path: value}
+
+
+def fits(folder):
+    """What every epoch of every fit gave."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_calibrate_on_two_processes_gives_the_heads_of_one(torchrun, alone, book, stories_dir, tmp_path, read_json):
     out = tmp_path / "out"
     code, text = torchrun("calibrate", stories_dir, "--data", book, "--output_dir", out, *OPTIONS)
     assert code == 0, text
-    for name in ("report.json", "llmrl_heads.safetensors", "config.json"):
-        assert (out / name).read_bytes() == (alone / name).read_bytes(), name
+    assert {"vector", "ats-linear", "ats-mlp", "ats-transformer"} <= {record["method"] for record in fits(out)}
+    for found, wanted in ((fits(out), fits(alone)), (read_json(out / "report.json"), read_json(alone / "report.json"))):
+        assert leaves(found) == pytest.approx(leaves(wanted), abs=1e-5)
+    heads = (load_file(folder / "llmrl_heads.safetensors") for folder in (out, alone))
+    assert_close(*heads, rtol=0, atol=1e-5)
+    assert (out / "config.json").read_bytes() == (alone / "config.json").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

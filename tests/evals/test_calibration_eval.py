@@ -19,6 +19,11 @@ def evaluation():
     return runpy.run_path(str(SCRIPT))
 
 
+@pytest.fixture(scope="module")
+def report():
+    return runpy.run_path(str(SCRIPT.with_name("calibration_report.py")))
+
+
 @pytest.fixture
 def windows():
     """60 windows of each of three files."""
@@ -56,12 +61,31 @@ def test_by_stratum_writes_one_file_a_group(evaluation, tmp_path):
     assert json.loads(choice[0].read_text())["question"] == "q2"
 
 
-def test_verdicts_count_intervals_that_leave_zero_out(evaluation):
+def test_verdicts_count_intervals_that_leave_zero_out(report):
     def record(low, high):
         return {"differences": {"a - b": {"ece": {"low": low, "high": high}, "brier": {"low": None, "high": None}}}}
 
     seeds = [record(-0.2, -0.1), record(-0.1, 0.1), record(0.1, 0.2), record(-0.3, -0.2)]
-    assert evaluation["_verdicts"](seeds, "a", "b") == "ECE +2-1 Brier +0-0"
+    assert report["verdicts"](seeds, "a", "b") == "ECE +2-1 Brier +0-0"
+
+
+def test_table_has_means_over_seeds_and_what_thresholds_do(report):
+    def record(ece, error):
+        found = {"test_coverage": 0.0 if error is None else 0.5, "test_error": error}
+        scores = {metric: {"value": ece} for metric in report["COLUMNS"]} | {"nll": {"value": None}}
+        return {
+            "level": "answer",
+            "tokens": {"fit": 2000, "test": 300},
+            "methods": {"none": scores},
+            "differences": {},
+            "thresholds": {"none": {"0.1": found}},
+        }
+
+    lines = report["table"]({"choice": [record(0.1, 0.08), record(0.3, None)]}).splitlines()
+    assert lines[0] == "## choice"
+    assert "2,000 fitted on, 300 tested; means of 2 seeds" in lines[2]
+    assert "| none | .2000 | .2000 | .2000 | .2000 | - | .2000 | .2000 |  |  |" in lines
+    assert lines[-1] == "| none | 25% given, 8.0% wrong (1 of 2 seeds) |"
 
 
 def test_one_setting_end_to_end_and_again_from_disk(tmp_path):
@@ -91,6 +115,7 @@ def test_one_setting_end_to_end_and_again_from_disk(tmp_path):
     assert set(seeds[0]["methods"]) == methods
     assert seeds[0]["methods"]["isotonic"]["nll"]["value"] is None
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"calibration-ece.png", "calibration-brier.png"}
+    assert "| ats-linear | ." in (tmp_path / "out" / "calibration.md").read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "done" not in again.stdout  # all of it was on disk

@@ -43,7 +43,9 @@ def generate(llm, prompts, new_tokens):
 
 
 def parity(task):
-    return generate(LLM(task["folder"], **SMALL), task["prompts"], task["new_tokens"])
+    llm = LLM(task["folder"], **SMALL)
+    answers = generate(llm, task["prompts"], task["new_tokens"])
+    return {"answers": answers, "attention": [*llm.llm_engine.vllm_config.compilation_config.static_forward_context]}
 
 
 def reward(task):

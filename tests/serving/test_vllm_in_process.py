@@ -1,5 +1,7 @@
 """In one vLLM process: what vLLM says about llmrl's folders is what transformers says."""
 
+import re
+
 import pytest
 import torch
 from serving_folders import NEW_TOKENS, PARITY, STORIES, assert_agrees, expected, largest_difference, token_logprobs
@@ -15,7 +17,15 @@ def answer_of(in_process, name):
 @pytest.mark.parametrize("name", PARITY)
 def test_llm_agrees_with_transformers(name, in_process, parity_folders, prompts):
     folder, base = parity_folders[name]
-    assert_agrees(answer_of(in_process, name), expected(folder, base, prompts))
+    assert_agrees(answer_of(in_process, name)["answers"], expected(folder, base, prompts))
+
+
+@pytest.mark.parametrize("name", [name for name in PARITY if name.endswith("-transformer")])
+def test_attention_of_a_head_comes_after_the_bases_layers(name, in_process):
+    """vLLM orders its caches by the one number in a layer's name."""
+    layers = {int(re.search(r"\.(\d+)\.", path)[1]): path for path in answer_of(in_process, name)["attention"]}
+    assert sorted(layers) == [0, 1, 2]
+    assert [number for number, path in layers.items() if "llmrl_heads" in path] == [2]
 
 
 def test_classify_gives_the_reward_heads_numbers(in_process, reward_folder, prompts):
