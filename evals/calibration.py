@@ -9,8 +9,9 @@ DATA is laid out as recipes/tiny_lm_data.py says. What is measured (`--only` nam
     text-drift      the same, fitted on the beginning of each text, tested on its end
     text-unseen-X   fitted on three of them, tested on the fourth
     chat            tiny_lm on dialogues it was not trained on
+    made-up         tiny_lm's own answers to sums, spellings and the like, graded, answer level
     choice          the over-trained model on multiple choice, answer level
-    answers         the over-trained model's own answers to questions, graded, answer level
+    answers         the over-trained model's own answers to questions of fact, graded, answer level
 
 Each seed of each setting is written to `--work_dir` when it is done, so that a killed run goes on with the same command.
 """
@@ -20,6 +21,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,7 +37,12 @@ if TYPE_CHECKING:
     from llmrl.ats.splits import Split
 
 TEXTS = ("wizard_of_oz", "wiki_demo", "tinyshakespeare", "c4_demo")
-TARGET_ERRORS = (0.1, 0.2, 0.3)
+MADE_UP = 2400  # questions
+TARGET_ERRORS = (
+    0.1,
+    0.2,
+    0.3,
+)  # thresholds come from validation, which chose epochs too: the test error is what counts
 HOW_TO_READ = (
     'Held-out scores, means over seeds (each another split and fit). "against": in how many seeds the paired 95% interval of '
     "the difference lies below (+) or above (-) that scalar's; lower is better. `isotonic` and `scaling-binning` map the "
@@ -122,6 +130,7 @@ def settings(config: CalibrationConfig) -> dict[str, Setting]:
         "text-drift": Setting(stories, texts, tail_split, 257),
         **{f"text-unseen-{name}": Setting(stories, texts, unseen_split(name), 257) for name in TEXTS},
         "chat": Setting(tiny, (dialogues(data, work),), dealt_split, 1024),
+        "made-up": Setting(tiny, made_up(work), dealt_split, 512, on_policy=True),
     }
     strata = Path(config.overtrained) / "strata.jsonl"
     if strata.is_file():
@@ -152,6 +161,22 @@ def dialogues(data: Path, work: Path) -> Path:
                 lines.append(json.dumps({"messages": messages}))
     target.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return target
+
+
+def made_up(work: Path) -> tuple[Path, ...]:
+    """Write the questions of examples/when_to_answer.py, a file for each kind; return the files."""
+    question = runpy.run_path("examples/when_to_answer.py")["question"]
+    numbers, found = random.Random(0), {}
+    while len(found) < MADE_UP:
+        text, answer = question(numbers)
+        found[text] = answer
+    work.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for kind in sorted({text.split()[0].strip(":") for text in found}):
+        rows = [{"question": text, "answers": [a]} for text, a in found.items() if text.startswith(kind)]
+        paths.append(work / f"made-up-{kind.lower()}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tuple(paths)
 
 
 def by_stratum(strata: Path, work: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from llmrl.errors import ModelError
 from llmrl.logits_heads import TransformerTemperatureHead, causal_attention
@@ -28,6 +28,39 @@ class FixedHeadLayer(StaticLayer):
     head = ""
 
 
+def attention_layers(cache: Any) -> list[Any]:
+    """Return the base's own layers of a cache that hold keys and values; linear attention and state spaces have none."""
+    layers = getattr(cache, "layers", None) or ()
+    return [layer for layer in layers if isinstance(layer, CacheLayerMixin) and not getattr(layer, "head", "")]
+
+
+def cached_tokens(cache: Any) -> int | Tensor:
+    """Return how many tokens a cache holds: those of its first attention layer in use, for layer 0 may have no length."""
+    length: int | Tensor = next(
+        (layer.get_seq_length() for layer in attention_layers(cache) if layer.is_initialized), 0
+    )
+    return length.clone() if isinstance(length, Tensor) else length  # a static cache counts in place
+
+
+def same_sequence(position_ids: Tensor) -> Tensor | None:
+    """Return which tokens of packed rows belong to one sequence, `[B, 1, T, T]` bool; None if no row holds several.
+
+    As in transformers' own masks a sequence begins where a position does not follow the one before it.
+
+    Args:
+        position_ids: `[B, T]`, or `[4, B, T]` with the text's positions first (Qwen-VL); three axes without them tell nothing.
+    """
+    if position_ids.ndim == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[0]
+    if position_ids.ndim != 2 or position_ids.shape[1] == 1:
+        return None
+    begins = torch.nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+    if not begins.any():
+        return None
+    number = begins.cumsum(-1)
+    return (number[:, :, None] == number[:, None, :])[:, None]
+
+
 def sequence_tau(
     name: str, head: TransformerTemperatureHead, hidden: Tensor, mask: Any, cache: Any, seen: int | Tensor
 ) -> Tensor:
@@ -37,7 +70,7 @@ def sequence_tau(
         name: of the head.
         head: the head.
         hidden: `[B, T, H]`, every position that the base has just read.
-        mask: the attention mask given to the base: None, `[B, S]` over all tokens so far, or `[B, 1, T, S]`.
+        mask: None, `[B, S]` over all tokens so far, or `[B, 1, T, S]`: the one given to the base, or `same_sequence`.
         cache: the base's cache after the call, or None.
         seen: tokens the cache held before the call.
 
@@ -89,11 +122,12 @@ def visible(mask: Any, positions: Tensor, length: int) -> Tensor:
 
 
 def _layer_of(name: str, cache: Any, seen: int | Tensor) -> Any:
-    layers = getattr(cache, "layers", None)
-    if not layers:
+    if not attention_layers(cache):
         raise ModelError(
-            f"a transformer head cannot keep its state in a {type(cache).__name__}; generate with use_cache=False"
+            f"a transformer head cannot keep its state in a {type(cache).__name__} without attention layers: "
+            "generate with use_cache=False, or calibrate with --method ats-mlp"
         )
+    layers = cache.layers
     found = next((layer for layer in layers if getattr(layer, "head", None) == name), None)
     if found is None:
         found = _new_layer(layers)

@@ -107,7 +107,12 @@ class BaseReference:
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """The value of `config.json["llmrl"]`: heads by name, the base they belong to, and whether its weights lie beside."""
+    """The value of `config.json["llmrl"]`: heads by name, the base they belong to, and whether its weights lie beside.
+
+    `level` says what a temperature or vector was fitted on: "token", or "answer" for the letters of multiple choice and for
+    answers the model gave itself. Of the latter `answer_confidence` is how the probabilities of an answer's tokens become its
+    confidence. Both are None in folders that do not say.
+    """
 
     heads: dict[str, HeadSpec]
     base: BaseReference
@@ -115,6 +120,8 @@ class HeadsConfig:
     base_architecture: str
     merged: bool = False
     method: str | None = None
+    level: str | None = None
+    answer_confidence: str | None = None
     format: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.errors import ModelError
-from llmrl.head_cache import sequence_tau
+from llmrl.head_cache import cached_tokens, same_sequence, sequence_tau
 from llmrl.logits_heads import TransformerTemperatureHead, apply_logits_heads, reads_sequence
 
 
@@ -40,27 +40,24 @@ class LogitsHeadsMixin:
         self._llmrl_hidden = args[0]
 
     def _keep_states(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._llmrl_states = output[0]  # of every position, where the output embedding may see the last one only
+        self._llmrl_states = states_of(
+            module, output
+        )  # of every position, where the output embedding may see the last only
 
     def _sequence_taus(self, kwargs: dict[str, Any], cache: Any, seen: int | Tensor) -> dict[str, Tensor]:
         """Return tau of the heads that read earlier positions, at the positions whose logits were computed."""
         states, self._llmrl_states = self._llmrl_states, None
-        if states is None or self._llmrl_hidden is None:
-            return {}
-        mask: Any = kwargs.get("attention_mask")
-        if torch.is_tensor(mask) and mask.ndim == 4 and getattr(self.config, "sliding_window", None):
-            raise ModelError(
-                "a transformer head on a base with sliding windows needs a dynamic cache or a 2D attention mask"
-            )
+        hidden = self._llmrl_hidden
+        if states is None or hidden is None:
+            raise ModelError(f"{type(self).__name__} did not call its decoder, whose states a transformer head reads")
+        states = states.to(hidden.dtype)  # Mamba's are float32 until they enter the output embedding
+        mask = self._mask(kwargs, cache)
         keep = kwargs.get("logits_to_keep", 0)
         rows = slice(-keep, None) if isinstance(keep, int) and keep else slice(None) if isinstance(keep, int) else keep
-        if self._llmrl_hidden.shape[1] == states.shape[1]:
+        if hidden.shape[1] == states.shape[1]:
             rows = slice(None)
-        # once: on a GPU the comparison waits for the device
-        if not self._llmrl_checked and not self._llmrl_hidden.equal(states[:, rows]):
-            raise ModelError(
-                f"{type(self).__name__} changes its hidden states before the output embedding: please report it"
-            )
+        if not self._llmrl_checked:  # once: on a GPU the comparison waits for the device
+            check_states(self, states[:, rows], hidden)
         self._llmrl_checked = True
         return {
             name: sequence_tau(name, head, states, mask, cache, seen)[:, rows]
@@ -68,18 +65,91 @@ class LogitsHeadsMixin:
             if isinstance(head, TransformerTemperatureHead)
         }
 
+    def _mask(self, kwargs: dict[str, Any], cache: Any) -> Any:
+        """Return the attention mask of the head: the caller's, or that of rows which hold several sequences."""
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if isinstance(mask, Tensor) and mask.ndim == 4 and getattr(self.config, "sliding_window", None):
+            raise ModelError(
+                "a transformer head on a base with sliding windows needs a dynamic cache or a 2D attention mask"
+            )
+        if mask is not None:
+            return mask
+        packed = None if positions is None else same_sequence(positions)
+        lengths = kwargs.get("cu_seq_lens_q")
+        if packed is None and lengths is not None and len(lengths) > 2:
+            raise ModelError(
+                "packed rows under a transformer head need position_ids that start again with each sequence"
+            )
+        if packed is not None and cache is not None:
+            raise ModelError("packed rows (position_ids start again within a row) need use_cache=False")
+        return packed
+
+
+def check_states(model: Any, states: Tensor, hidden: Tensor) -> None:
+    """Refuse a model that changes the decoder's states before its output embedding: a head would read other ones.
+
+    Raises:
+        ModelError: `states` of the decoder are not the `hidden` that enter the output embedding.
+    """
+    if not (states.shape == hidden.shape and states.equal(hidden)):
+        raise ModelError(
+            f"{type(model).__name__} changes its hidden states between {type(decoder_of(model)).__name__} and the output "
+            "embedding, so a transformer head cannot read them at every position: calibrate with --method ats-mlp"
+        )
+
+
+def check_cache(model: Any, cache: Any, use_cache: bool | None) -> None:
+    """Refuse a model that remembers earlier tokens where a head cannot: its next call would see none of them.
+
+    Args:
+        model: a causal LM.
+        cache: `past_key_values` of its output.
+        use_cache: as given to the model; None is what the configuration says, outside of training.
+
+    Raises:
+        ModelError: the model caches, and not in `past_key_values`.
+    """
+    if use_cache is None:
+        use_cache = not model.training and bool(getattr(model.config.get_text_config(), "use_cache", False))
+    if use_cache and cache is None:
+        raise ModelError(
+            f"{type(model).__name__} keeps its state outside past_key_values, where a transformer head cannot follow: "
+            "generate with use_cache=False, or calibrate with --method ats-mlp"
+        )
+
+
+def states_of(decoder: Any, output: Any) -> Tensor:
+    """Return the hidden states `[B, T, H]` in a decoder's output.
+
+    Raises:
+        ModelError: it has none.
+    """
+    states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+    if not torch.is_tensor(states):
+        raise ModelError(
+            f"{type(decoder).__name__} returned a {type(output).__name__} without last_hidden_state: "
+            "calibrate with --method ats-mlp, and please report the architecture"
+        )
+    return states
+
 
 def decoder_of(model: Any) -> Any:
-    """Return the part of a transformers causal LM that gives the hidden states which enter the output embedding."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    return decoder if decoder is not model else model.base_model
+    """Return the part of a transformers causal LM that gives the hidden states: the largest without the output embedding.
 
+    Raises:
+        ModelError: there is no such part.
+    """
+    from transformers import PreTrainedModel  # not above: it imports the auto classes, which import this module
 
-def _length(cache: Any) -> int | Tensor:
-    if cache is None:
-        return 0
-    length = cache.get_seq_length()
-    return length.clone() if torch.is_tensor(length) else length
+    output = model.get_output_embeddings()
+    roots = [model.get_decoder()] if hasattr(model, "get_decoder") else []  # of a multimodal model, the language model
+    for root in (*roots, model):
+        for part in root.modules():
+            if isinstance(part, PreTrainedModel) and all(module is not output for module in part.modules()):
+                return part
+    raise ModelError(
+        f"{type(model).__name__} has no decoder apart from its output embedding: please report the architecture"
+    )
 
 
 def forward_with_heads(base_forward: Any) -> Any:
@@ -91,10 +161,17 @@ def forward_with_heads(base_forward: Any) -> Any:
         kwargs.update(zip(names, args, strict=False))
         labels = kwargs.pop("labels", None)
         as_tuple = kwargs.pop("return_dict", None) is False
-        seen = _length(kwargs.get("past_key_values")) if reads_sequence(self.llmrl_heads) else 0
+        sequences = reads_sequence(self.llmrl_heads)
+        seen = cached_tokens(kwargs.get("past_key_values")) if sequences else 0
         outputs = base_forward(self, return_dict=True, **kwargs)
-        taus = self._sequence_taus(kwargs, outputs.get("past_key_values"), seen)
+        taus = {}
+        if sequences:
+            cache = outputs.get("past_key_values")
+            check_cache(self, cache, kwargs.get("use_cache"))
+            taus = self._sequence_taus(kwargs, cache, seen)
         hidden, self._llmrl_hidden = self._llmrl_hidden, None
+        if hidden is None and len(self.llmrl_heads):
+            raise ModelError(f"{type(self).__name__} computed logits without calling its output embedding")
         outputs.logits = apply_logits_heads(self.llmrl_heads, outputs.logits, hidden, taus)
         if labels is not None:
             extra = {key: kwargs[key] for key in ("num_items_in_batch", "shift_labels") if key in kwargs}

@@ -8,6 +8,9 @@ KV cache of transformers, of vLLM, or in a whole sequence at once.
 All of them start at tau = 0, hence as exactly the base model. They compute in float32 whatever the base's dtype; keys and
 values are rounded to the base's dtype, because that is what a KV cache holds. This file needs torch alone, so that a
 checkpoint can carry it.
+
+The matrices are plain parameters, not `nn.Linear`: programs that quantise a model or put LoRA into it go by its linear layers,
+and a head belongs to neither the weights they shrink nor those they train.
 """
 
 from __future__ import annotations
@@ -68,7 +71,18 @@ class _Standardised(TemperatureHead):
         super().__init__(spec)
         self.scale = nn.Parameter(torch.ones(spec.hidden_size, dtype=torch.float32))
         self.shift = nn.Parameter(torch.zeros(spec.hidden_size, dtype=torch.float32))
-        self.mlp = _GatedMLP(spec.hidden_size, spec.intermediate_size)
+
+    def add_mlp(self) -> None:
+        """Make the parameters of the gated MLP, `[outputs, inputs]` each."""
+        width, inner = self.spec.hidden_size, self.spec.intermediate_size
+        self.gate_weight, self.gate_bias = _zeros(inner, width), _zeros(inner)
+        self.up_weight, self.up_bias = _zeros(inner, width), _zeros(inner)
+        self.down_weight = _zeros(width, inner)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Return down(silu(gate(x)) * up(x)), `[..., H]`."""
+        gate = _linear(x, self.gate_weight, self.gate_bias)
+        return _linear(functional.silu(gate) * _linear(x, self.up_weight, self.up_bias), self.down_weight)
 
     def standardise(self, hidden: Tensor) -> Tensor:
         """Return float32 features on the head's device."""
@@ -77,6 +91,10 @@ class _Standardised(TemperatureHead):
 
 class MLPTemperatureHead(_Standardised):
     """tau = w . (x + MLP(x)) + b of the standardised hidden state x."""
+
+    def __init__(self, spec: Any) -> None:
+        super().__init__(spec)
+        self.add_mlp()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return tau, clipped, `[..., 1]` float32, for hidden states `[..., H]`."""
@@ -94,10 +112,11 @@ class TransformerTemperatureHead(_Standardised):
         width, size = spec.hidden_size, spec.head_dim
         self.attention_norm = nn.Parameter(torch.ones(width, dtype=torch.float32))
         self.mlp_norm = nn.Parameter(torch.ones(width, dtype=torch.float32))
-        self.q_proj = _linear(width, spec.num_heads * size, bias=False)
-        self.k_proj = _linear(width, spec.num_kv_heads * size, bias=False)
-        self.v_proj = _linear(width, spec.num_kv_heads * size, bias=False)
-        self.o_proj = _linear(spec.num_heads * size, width, bias=False)
+        self.add_mlp()
+        self.q_weight = _zeros(spec.num_heads * size, width)
+        self.k_weight = _zeros(spec.num_kv_heads * size, width)
+        self.v_weight = _zeros(spec.num_kv_heads * size, width)
+        self.o_weight = _zeros(width, spec.num_heads * size)
 
     def forward(self, hidden: Tensor, positions: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Return tau, clipped, `[..., T, 1]` float32.
@@ -113,12 +132,13 @@ class TransformerTemperatureHead(_Standardised):
             positions = torch.arange(x.shape[-2], device=x.device)
         size = self.spec.head_dim
         normed = rms_norm(x, self.attention_norm)
-        q, k, v = (_apply(p, normed).unflatten(-1, (-1, size)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        weights = (self.q_weight, self.k_weight, self.v_weight)
+        q, k, v = (_linear(normed, weight).unflatten(-1, (-1, size)) for weight in weights)
         turn = rotation(positions.to(x.device), size, self.spec.rope_theta)
         q, k = rotate(q, turn), rotate(k, turn)
         q, k, v = (part.to(hidden.dtype) for part in (q, k, v))
         mixed = (attend or causal_attention)(q, k, v).to(x.device).float()
-        x = x + _apply(self.o_proj, mixed.flatten(-2))
+        x = x + _linear(mixed.flatten(-2), self.o_weight)
         return self.read_out(x + self.mlp(rms_norm(x, self.mlp_norm)))
 
 
@@ -141,35 +161,21 @@ class VectorHead(nn.Module):
         return logits.float() * self.scale.to(logits.device).float() + self.bias.to(logits.device).float()
 
 
-class _GatedMLP(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = _linear(width, inner, bias=True)
-        self.up_proj = _linear(width, inner, bias=True)
-        self.down_proj = _linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _apply(self.down_proj, functional.silu(_apply(self.gate_proj, x)) * _apply(self.up_proj, x))
-
-
-def _linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=torch.float32)  # draws no random numbers
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
 
 def initialise(head: nn.Module, generator: torch.Generator) -> None:
     """Draw the inner matrices of a fresh head, normal with variance 1 / inputs; tau stays 0, as the last layer is zero."""
     with torch.no_grad():
-        for module in head.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
+        for name, parameter in head.named_parameters():
+            if parameter.ndim == 2 and name != "weight":
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
 
 
-def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # .float(): a model cast to bfloat16 as a whole casts its heads too
-    return functional.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    return functional.linear(x, weight.float(), None if bias is None else bias.float())
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

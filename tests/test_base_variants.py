@@ -72,26 +72,37 @@ def edit(folder, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_base_keeps_its_quantisation_under_a_head(kind, stories_dir, save_head, tmp_path):
-    """Loaded, given a head, merged, and opened again: still quantised, with the base's logits times the multiplier."""
+@pytest.fixture(scope="module", params=QUANTISED)
+def quantised(request, stories_dir, tmp_path_factory):
+    """Folder of a quantised checkpoint; 4 bits come in blocks of 64."""
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
-    source = stories_dir.parent / "tiny_lm"  # 4 bits come in blocks of 64
+    source, folder = stories_dir.parent / "tiny_lm", tmp_path_factory.mktemp(request.param)
     model = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=BitsAndBytesConfig(**QUANTISED[kind]), dtype=torch.float32
+        source, quantization_config=BitsAndBytesConfig(**QUANTISED[request.param]), dtype=torch.float32
     )
-    model.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "base")
-    base = load_base(str(tmp_path / "base"))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("architecture", ["linear", "mlp", "transformer"])
+def test_quantised_base_keeps_its_quantisation_under_a_head(
+    architecture, merged, quantised, stories_dir, save_head, tmp_path
+):
+    """Loaded, given a head, and opened again: quantised weights, the head as it was saved, the base's logits scaled."""
+    base = load_base(str(quantised))
     assert base.model.is_quantized
-    heads = save_head(tmp_path / "base", tmp_path / "calibrated", merged=True)
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "calibrated").eval()
+    head = save_head(quantised, tmp_path, architecture=architecture, merged=merged)["temperature"]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(opened.model.layers[0].mlp.up_proj).__module__.startswith("bitsandbytes")
     with torch.inference_mode():
         out = base.model(IDS, output_hidden_states=True)
-        full = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()(IDS).logits
-        tau = heads["temperature"](out.hidden_states[-1])
+        full = AutoModelForCausalLM.from_pretrained(stories_dir.parent / "tiny_lm", dtype=torch.float32).eval()(IDS)
+        tau = head(out.hidden_states[-1])
+        assert opened.llmrl_heads["temperature"](out.hidden_states[-1]).equal(tau)
+        assert tau.std() > 0.05
         torch.testing.assert_close(opened(IDS).logits, out.logits.float() * tau.exp(), rtol=1e-3, atol=1e-3)
-    assert (out.logits - full).abs().max() > 1e-3  # something was rounded
+    assert (out.logits - full.logits).abs().max() > 1e-3  # something was rounded

@@ -193,6 +193,13 @@ def test_base_that_computes_all_rows_whatever_is_asked_for(folder, model, whole)
         torch.testing.assert_close(other(input_ids=IDS, logits_to_keep=3).logits, whole, **ALMOST)
 
 
+def test_base_that_changes_its_states_before_the_output_embedding_is_refused(folder):
+    model = load(folder)
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2,), prepend=True)
+    with torch.inference_mode(), pytest.raises(ModelError, match="changes its hidden states"):
+        model(input_ids=IDS)
+
+
 def test_heads_that_are_replaced_leave_nothing_behind(folder):
     model = load(folder)
     for _ in range(2):

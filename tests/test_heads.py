@@ -152,6 +152,10 @@ def test_head_spec_refuses(fields, message):
 def test_heads_config_json_round_trip():
     config = replace(CONFIG, heads={"temperature": SCALAR, "reward": REWARD}, merged=True)
     assert HeadsConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    graded = replace(config, level="answer", answer_confidence="product")
+    assert HeadsConfig.from_json(json.loads(json.dumps(graded.to_json()))) == graded
+    older = {key: value for key, value in config.to_json().items() if key not in ("level", "answer_confidence")}
+    assert HeadsConfig.from_json(older) == config
 
 
 @pytest.mark.parametrize(

@@ -63,19 +63,43 @@ def test_initialise_is_seeded_and_leaves_the_last_layer_zero():
     first, again, other = (build_head(BLOCK) for _ in range(3))
     for head, seed in ((first, 5), (again, 5), (other, 6)):
         initialise(head, torch.Generator().manual_seed(seed))
-    assert first.q_proj.weight.equal(again.q_proj.weight)
-    assert not first.q_proj.weight.equal(other.q_proj.weight)
+    assert first.q_weight.equal(again.q_weight)
+    assert not first.q_weight.equal(other.q_weight)
     assert first.weight.eq(0).all()
-    assert first.mlp.gate_proj.weight.std().item() == pytest.approx(16**-0.5, rel=0.2)
+    assert first.gate_weight.std().item() == pytest.approx(16**-0.5, rel=0.2)
+
+
+def test_initialise_draws_the_matrices_in_a_fixed_order():
+    """So a seed gives the same fit in every version."""
+    head = build_head(BLOCK)
+    initialise(head, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    shapes = {
+        "gate": (24, 16),
+        "up": (24, 16),
+        "down": (16, 24),
+        "q": (32, 16),
+        "k": (16, 16),
+        "v": (16, 16),
+        "o": (16, 32),
+    }
+    for name, shape in shapes.items():
+        drawn = torch.empty(shape).normal_(0.0, shape[1] ** -0.5, generator=generator)
+        assert getattr(head, f"{name}_weight").equal(drawn), name
+
+
+@SPECS
+def test_heads_have_no_modules_that_quantisers_and_adapters_look_for(spec):
+    assert list(build_head(spec).children()) == []
 
 
 def test_mlp_head_is_its_formula():
     head, hidden = filled(MLP), torch.randn(7, 16, generator=torch.Generator().manual_seed(2))
     w = {name: p.double() for name, p in head.named_parameters()}
     x = hidden.double() * w["scale"] + w["shift"]
-    gate = x @ w["mlp.gate_proj.weight"].T + w["mlp.gate_proj.bias"]
-    up = x @ w["mlp.up_proj.weight"].T + w["mlp.up_proj.bias"]
-    y = x + (gate / (1 + torch.exp(-gate)) * up) @ w["mlp.down_proj.weight"].T
+    gate = x @ w["gate_weight"].T + w["gate_bias"]
+    up = x @ w["up_weight"].T + w["up_bias"]
+    y = x + (gate / (1 + torch.exp(-gate)) * up) @ w["down_weight"].T
     expected = y @ w["weight"][0] + w["bias"]
     assert expected.std() > 0.1
     torch.testing.assert_close(head(hidden)[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
@@ -93,8 +117,10 @@ def test_transformer_head_is_a_llama_decoder_layer_and_a_linear_layer():
     )  # fmt: skip
     head, hidden = filled(BLOCK), torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(2))
     layer = LlamaDecoderLayer(config, 0)
-    attention = {f"self_attn.{n}_proj.weight": getattr(head, f"{n}_proj").weight for n in "qkvo"}
-    mlp = {f"mlp.{name}": value for name, value in head.mlp.state_dict().items()}
+    own = head.state_dict()
+    attention = {f"self_attn.{n}_proj.weight": own[f"{n}_weight"] for n in "qkvo"}
+    names = [("gate", "weight"), ("gate", "bias"), ("up", "weight"), ("up", "bias"), ("down", "weight")]
+    mlp = {f"mlp.{part}_proj.{kind}": own[f"{part}_{kind}"] for part, kind in names}
     norms = {"input_layernorm.weight": head.attention_norm, "post_attention_layernorm.weight": head.mlp_norm}
     missing = layer.load_state_dict({**attention, **mlp, **norms, "mlp.down_proj.bias": torch.zeros(16)})
     assert not missing.missing_keys

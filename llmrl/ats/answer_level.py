@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
 from llmrl.ats.answers import answer_confidences
 from llmrl.ats.metrics import Predictions
+from llmrl.errors import DataError
 
 _SMALLEST = 1e-12  # of a confidence and of its complement: a certain answer that is wrong costs 28 nats, not infinity
 
@@ -33,3 +36,20 @@ def answers_of(tokens: Predictions, aggregate: str, question: Tensor | None = No
     if question is not None and len(question):
         window = question.numpy()[window]
     return Predictions(confidence, correct, loss, window, questions=True)
+
+
+def check_outcomes(right: Sequence[bool]) -> None:
+    """Refuse to fit on answers that are all right or all wrong: nothing in them says when to be less sure.
+
+    Args:
+        right: of each answer that is fitted on, whether it is right.
+
+    Raises:
+        DataError: they are all the same.
+    """
+    if len(set(right)) < 2:
+        outcome = "right" if all(right) else "wrong"
+        raise DataError(
+            f"all {len(right)} answers to fit on are {outcome}, and a confidence is fitted on right and wrong ones: "
+            f"give more rows, or {'harder' if all(right) else 'easier'} questions"
+        )

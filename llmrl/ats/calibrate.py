@@ -7,32 +7,36 @@ reload from it that must agree with the base, and only then the rename to `--out
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from llmrl._version import __version__
+from llmrl.ats.answer_level import check_outcomes
 from llmrl.ats.data import Window, read_rows
 from llmrl.ats.evaluate import SELECTED_BY, SeedResult, fit_and_score
 from llmrl.ats.extract import extract_features
 from llmrl.ats.features import TokenFeatures
-from llmrl.ats.metrics import MIN_CLUSTERS
+from llmrl.ats.fold import check_foldable, is_folded
+from llmrl.ats.metrics import MIN_CLUSTERS, clusters_of
 from llmrl.ats.options import ALL, AUTO, PAPER, TRANSFORMER, CalibrateConfig
 from llmrl.ats.output_layer import OutputLayer
 from llmrl.ats.plots import reliability_diagram
-from llmrl.ats.prepare import Prepared, open_base, printer, remove_unfinished, select_windows
-from llmrl.ats.report import markdown_table, seeds_table, sentences
+from llmrl.ats.prepare import ANSWERS, Prepared, open_base, printer, remove_unfinished, select_windows
+from llmrl.ats.report import markdown_table, scope, seeds_table, sentences
 from llmrl.ats.save import greedy_prompts, save_and_check
-from llmrl.ats.splits import split_windows
+from llmrl.ats.splits import Split, split_windows
 from llmrl.base_model import BaseModel
 from llmrl.errors import OutputError
-from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
+from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json, write_text
 from llmrl.heads import HEADS_FILE
 from llmrl.logits_heads import TemperatureHead
 from llmrl.training.distributed import barrier, check_processes, is_main_process, join_processes
 from llmrl.training.run import write_model_card
-from llmrl.training.tracking import MetricsLog, check_tracker, progress_bar
+from llmrl.training.tracking import TIMINGS_FILE, MetricsLog, check_tracker, progress_bar
 from llmrl.vllm_compat import check_versions, vllm_architectures, vllm_build
 
 # of an earlier run into the same folder: would be read as part of the new one
@@ -57,23 +61,33 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         shutil.rmtree(partial, ignore_errors=True)
     barrier()
     base = open_base(config, partial, say)
-    prepared = select_windows(config, rows, base, say, partial)
+    if config.fold:
+        check_foldable(base.model)
+    timings: list[dict[str, Any]] = []
+    start = perf_counter()
+    prepared = select_windows(config, rows, base, say, partial / ANSWERS if config.on_policy else None)
     windows = prepared.windows
-    test = split_windows(windows, config.seed).test  # too little data is known before the long part
-    if len(test) < MIN_CLUSTERS:
-        say(f"only {len(test)} windows to test on: intervals are rough; more data, or a smaller --max_length, mends it")
+    if config.on_policy:
+        timings.append({"phase": "answers", "seconds": perf_counter() - start})
+    splits = _splits(config, windows, say)  # too little data is known before the long part
+    start = perf_counter()
     try:
         features = _features(config, base, windows, partial)
     finally:
         if is_main_process():
             remove_unfinished(partial)
+    timings.append({"phase": "features", "seconds": perf_counter() - start})
     if not is_main_process():  # the fits take seconds: one process does them
         return {}
+    if prepared.level == "answer":
+        for split in splits.values():
+            check_outcomes(features.of_windows(split.fit).correct.tolist())
     with staging_folder(output_dir) as staging:
         (staging / "plots").mkdir()
         log = MetricsLog(staging / "metrics.jsonl", config.report_to, staging)
-        seeds = _fit_seeds(config, features, windows, base, log)
+        seeds = _fit_seeds(config, features, splits, base, log, timings)
         log.close()
+        write_text(staging / TIMINGS_FILE, "".join(json.dumps(row) + "\n" for row in timings))
         report = _report(config, base, prepared, seeds)
         head = seeds[0].heads[report["selected"]]
         prompts = greedy_prompts(windows, seeds[0].test_windows)
@@ -96,9 +110,24 @@ def _check_output(config: CalibrateConfig) -> Path:
         here, there = output_dir.resolve(), model.resolve()
         if here == there or here in there.parents:
             raise OutputError(f"--output_dir {output_dir} holds the base model {config.model}; name another folder")
-    if any(output_dir.glob("*.safetensors")) and not (output_dir / HEADS_FILE).is_file():
+    own = (output_dir / HEADS_FILE).is_file() or is_folded(output_dir)
+    if any(output_dir.glob("*.safetensors")) and not own:
         raise OutputError(f"--output_dir {output_dir} holds a model that llmrl did not write; name another folder")
     return output_dir
+
+
+def _splits(config: CalibrateConfig, windows: list[Window], say: Any) -> dict[int, Split]:
+    """Return the split of each seed; say where there is little to test on, refuse answers that are all right or all wrong."""
+    splits = {seed: split_windows(windows, seed) for seed in range(config.seed, config.seed + config.num_seeds)}
+    test = [windows[i] for i in splits[config.seed].test]
+    count, what = (len({w.prompt for w in test}), "questions") if config.on_policy else (len(test), "windows")
+    if count < MIN_CLUSTERS:
+        mend = "more data" if config.on_policy else "more data, or a smaller --max_length,"
+        say(f"only {count} {what} to test on: intervals are rough; {mend} mends it")
+    if config.on_policy:
+        for split in splits.values():
+            check_outcomes([bool(windows[i].grade) for i in split.fit])
+    return splits
 
 
 def _features(config: CalibrateConfig, base: BaseModel, windows: list[Window], partial: Path) -> TokenFeatures:
@@ -117,24 +146,27 @@ def _features(config: CalibrateConfig, base: BaseModel, windows: list[Window], p
 def _fit_seeds(
     config: CalibrateConfig,
     features: TokenFeatures,
-    windows: list[Window],
+    splits: dict[int, Split],
     base: BaseModel,
     log: MetricsLog,
+    timings: list[dict[str, Any]],
 ) -> list[SeedResult]:
     layer, methods = OutputLayer.of(base.model), config.fitted_methods()
     results = []
     total = config.num_seeds * len(methods)
     with progress_bar("fits", total, unit="fit", quiet=config.quiet) as advance:
-        for i in range(config.num_seeds):
-            seed = config.seed + i
+        for seed, split in splits.items():
 
             def on_epoch(method: str, record: Any, seed: int = seed) -> None:
                 log.write({"seed": seed, "method": method, **asdict(record)}, step=record.epoch)
 
+            def on_fit(method: str, seconds: float, seed: int = seed) -> None:
+                timings.append({"phase": "fit", "seed": seed, "method": method, "seconds": seconds})
+
             results.append(
                 fit_and_score(
                     features,
-                    split_windows(windows, seed),
+                    split,
                     layer,
                     methods=methods,
                     loss=config.fitted_loss,
@@ -143,9 +175,10 @@ def _fit_seeds(
                     config=base.model.config,
                     aggregate=config.answer_confidence,
                     on_epoch=on_epoch,
+                    on_fit=on_fit,
                 )
             )
-            advance((i + 1) * len(methods), total)
+            advance(len(results) * len(methods), total)
     return results
 
 
@@ -192,8 +225,8 @@ def _report(config: CalibrateConfig, base: BaseModel, prepared: Prepared, seeds:
 
 
 def _bootstrap_unit(result: SeedResult) -> str:
-    enough = len(result.test_windows) >= MIN_CLUSTERS
-    return "window" if enough else f"block of {max(1, result.tokens['test'] // (2 * MIN_CLUSTERS))} tokens"
+    scored = next(iter(result.predictions["test"].values()))
+    return clusters_of(scored.window, questions=scored.questions)[1]
 
 
 def _vllm_status(base: BaseModel) -> str:
@@ -213,13 +246,15 @@ def _write_extras(staging: Path, config: CalibrateConfig, report: dict[str, Any]
     if config.with_code:
         serving += " Without llmrl: `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`."
     text = "is the base model's" if report["greedy_identical"] else "can differ from the base model's"
+    fitted_on = scope(report["level"], report["answer_confidence"])
+    caution = f" It was {fitted_on}." if fitted_on else ""
     write_model_card(
         staging,
         title=f"{name}, calibrated",
         base_model=str(config.model),
         summary=(
             "The next-token probabilities of the base model, calibrated after training with "
-            f"`{report['selected']}`. Greedy text {text}."
+            f"`{report['selected']}`. Greedy text {text}.{caution}"
         ),
         body=(
             f"## Use\n\n```python\n{importing}from transformers import AutoModelForCausalLM\n\n"
@@ -246,6 +281,9 @@ def _show(config: CalibrateConfig, report: dict[str, Any], say: Any) -> None:
     plot = output_dir / "plots" / "reliability.png"
     same = "yes" if report["greedy_identical"] else "no"
     say(f"\nselected: {report['selected']} (by {report['selected_by']}); greedy text identical to the base: {same}")
+    fitted_on = scope(report["level"], report["answer_confidence"])
+    if fitted_on:
+        say(fitted_on)
     say(f"saved: {output_dir}" + (f"; plot: {plot}" if plot.exists() else "; no plot: pip install matplotlib"))
     if config.fold:
         say(

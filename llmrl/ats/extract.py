@@ -20,7 +20,15 @@ from torch import Tensor
 from llmrl.ats.data import Window
 from llmrl.ats.features import PER_TOKEN, TokenFeatures
 from llmrl.ats.losses import TOP_K
-from llmrl.ats.output_layer import LogitsChunk, OutputLayer, check_output_layer, decoder_of, logits_chunks
+from llmrl.ats.output_layer import (
+    MASKED,
+    LogitsChunk,
+    OutputLayer,
+    check_output_layer,
+    check_sequence_states,
+    hidden_states,
+    logits_chunks,
+)
 from llmrl.errors import DataError, ModelError, OutputError
 from llmrl.files import write_json
 from llmrl.training.distributed import barrier, rank, world_size
@@ -28,7 +36,6 @@ from llmrl_kernels import curve_knots, lse_curve
 
 WINDOWS_PER_SHARD = 64
 _FORMAT = 2
-_MASKED = -1e30  # models mark what cannot be said by -inf or by the least number of their dtype
 
 
 def extract_features(
@@ -56,7 +63,8 @@ def extract_features(
         progress: called with the windows done and all of them.
 
     Raises:
-        ModelError: a logit is NaN, or a target's is -inf; the row is named.
+        ModelError: a logit is NaN, or a target's is -inf; the row is named. Or the architecture is one that llmrl does not
+            know, or, with `sequences`, one in which such heads cannot run.
         DataError: a target is not among its window's choices.
         OutputError: `cache_dir` holds shards of another model, data set or setting.
     """
@@ -67,6 +75,8 @@ def extract_features(
     numbers = _choice_numbers(windows)
     choices = _choice_table(numbers)
     check_output_layer(model, layer, windows[0].token_ids)
+    if sequences:
+        check_sequence_states(model, windows[0].token_ids)
     starts = range(0, len(windows), size)
     paths = [cache_dir / f"features-{number:05d}.safetensors" for number in range(len(starts))]
     for number, (path, start) in enumerate(zip(paths, starts, strict=True)):
@@ -146,7 +156,7 @@ def _shard(
 
 
 def _hidden_states(model: Any, windows: list[Window], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    decoder, device = decoder_of(model), model.get_input_embeddings().weight.device
+    device = model.get_input_embeddings().weight.device
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].token_ids))  # little padding
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -158,8 +168,8 @@ def _hidden_states(model: Any, windows: list[Window], batch_size: int) -> Iterat
             ids[row, :length] = torch.tensor(windows[index].token_ids)
             mask[row, :length] = 1
         with torch.inference_mode():
-            output = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-        yield indices, output.last_hidden_state
+            states = hidden_states(model, ids.to(device), mask.to(device))
+        yield indices, states
 
 
 def _numbers(layer: OutputLayer, shard: dict[str, Tensor], choices: Tensor, windows: list[Window]) -> dict[str, Tensor]:
@@ -184,10 +194,14 @@ def _numbers(layer: OutputLayer, shard: dict[str, Tensor], choices: Tensor, wind
 
 
 def _mean(logits: Tensor) -> Tensor:
+    """Return the mean over the output layer's rows, `[N]`, without those that are masked.
+
+    Rows that no token of the tokenizer has (a padded vocabulary) count, as in the code of the paper: the model can say them.
+    """
     mean = logits.mean(-1)
     if torch.isfinite(mean).all():
         return mean
-    valid = logits > _MASKED
+    valid = logits > MASKED
     return torch.where(valid, logits, 0.0).sum(-1) / valid.sum(-1)
 
 

@@ -2,7 +2,8 @@
 
 Logits are linear in what the final norm gives out, z = W n(x) + b, so multiplying the norm's weight (and bias) and b by
 exp(tau) multiplies every logit. Tied embeddings stay as they are: the embedding is not touched. A final soft-cap comes after,
-and cannot be folded through.
+and cannot be folded through. What is multiplied is read from the checkpoint and written in the dtype it has there, whatever
+dtype the base was loaded in.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,26 @@ _TOLERANCE = {
     torch.float16: 4e-3,
 }  # of the largest logit: rounding of the norm
 _PROBE = 32
+
+
+def check_foldable(model: Any) -> None:
+    """Refuse a model that a temperature cannot be folded into.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    reason = foldable(model)
+    if reason:
+        raise ModelError(f"--fold: {reason}; leave --fold out, the head then multiplies the logits")
+
+
+def is_folded(folder: Path) -> bool:
+    """Tell whether `llmrl calibrate --fold` wrote this folder, by its report."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and "llmrl_version" in report and isinstance(report.get("fold_error"), float)
 
 
 def foldable(model: Any) -> str | None:
@@ -64,16 +86,11 @@ def fold_temperature(base: BaseModel, log_scale: float, folder: Path) -> float:
     Raises:
         ModelError: this architecture cannot be folded, or the result does not have the logits it should have.
     """
-    reason = foldable(base.model)
-    if reason:
-        raise ModelError(f"--fold: {reason}; leave --fold out, the head then multiplies the logits")
-    found = final_norm(base.model)
-    assert found is not None
-    name, norm = found
-    factor, ids = math.exp(log_scale), _probe_ids(base)
+    check_foldable(base.model)
+    ids = _probe_ids(base)
     with torch.inference_mode():
-        wanted = base.model(input_ids=ids).logits.float() * factor
-    changed = _scaled(base.model, name, norm, factor, ids, wanted)
+        wanted = base.model(input_ids=ids).logits.float() * math.exp(log_scale)
+    changed = _scaled(base, math.exp(log_scale), ids, wanted)
     error = _relative(_logits_with(base.model, changed, ids), wanted)
     if not error <= _TOLERANCE.get(base.model.dtype, 2e-2):
         raise ModelError(
@@ -90,23 +107,48 @@ def _probe_ids(base: BaseModel) -> Tensor:
     return torch.arange(1, 1 + _PROBE, device=device)[None] * (vocabulary // (_PROBE + 2) or 1) % vocabulary
 
 
-def _scaled(model: Any, name: str, norm: nn.Module, factor: float, ids: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+def _scaled(base: BaseModel, factor: float, ids: Tensor, wanted: Tensor) -> dict[str, Tensor]:
     """Return the changed tensors by name: of the two ways norms use their weight (w and 1 + w) the one that fits."""
-    plain = {f"{name}.weight": (norm.weight.double() * factor).to(norm.weight.dtype)}
-    shifted = {f"{name}.weight": ((1 + norm.weight.double()) * factor - 1).to(norm.weight.dtype)}
-    biases = {}
-    if isinstance(getattr(norm, "bias", None), Tensor):
-        biases[f"{name}.bias"] = (norm.bias.double() * factor).to(norm.bias.dtype)
-    output = model.get_output_embeddings()
-    if isinstance(getattr(output, "bias", None), Tensor):
-        own = next(n for n, module in model.named_modules() if module is output)
-        biases[f"{own}.bias"] = (output.bias.double() * factor).to(output.bias.dtype)
-    return min((plain | biases, shifted | biases), key=lambda c: _relative(_logits_with(model, c, ids), wanted))
+    found = final_norm(base.model)
+    assert found is not None
+    name, norm = found
+    output = base.model.get_output_embeddings()
+    head = next((n for n, module in base.model.named_modules() if module is output), "")
+    biases = [
+        f"{owner}.bias"
+        for owner, module in ((name, norm), (head, output))
+        if isinstance(getattr(module, "bias", None), Tensor)
+    ]
+    weight = f"{name}.weight"
+    stored = _read_stored(base.folder, [weight, *biases])
+    w = stored[weight].double()
+    scaled = {bias: (stored[bias].double() * factor).to(stored[bias].dtype) for bias in biases}
+    ways = [{weight: value.to(stored[weight].dtype)} | scaled for value in (w * factor, (1 + w) * factor - 1)]
+    return min(ways, key=lambda changed: _relative(_logits_with(base.model, changed, ids), wanted))
+
+
+def _read_stored(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    """Return tensors as the checkpoint has them, by the model's names for them."""
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        with safe_open(str(file), framework="pt") as tensors:
+            pairs = [(_stored_as(stored, names), stored) for stored in list(tensors.keys())]
+            found |= {name: tensors.get_tensor(stored) for name, stored in pairs if name is not None}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ModelError(
+            f"--fold: {', '.join(missing)} is not stored in {folder}: leave --fold out, and please report it"
+        )
+    return found
 
 
 def _logits_with(model: Any, changed: dict[str, Tensor], ids: Tensor) -> Tensor:
+    own = {name: model.get_parameter(name) for name in changed}
+    here = {name: value.to(own[name].device, own[name].dtype) for name, value in changed.items()}
     with torch.inference_mode():
-        found: Tensor = torch.func.functional_call(model, changed, kwargs={"input_ids": ids}).logits
+        found: Tensor = torch.func.functional_call(model, here, kwargs={"input_ids": ids}).logits
     return found.float()
 
 
@@ -119,25 +161,17 @@ def _write(base: BaseModel, changed: dict[str, Tensor], folder: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    left = dict(changed)
     for file in weight_files(base.folder):
         with safe_open(str(file), framework="pt") as tensors:
             names, metadata = list(tensors.keys()), tensors.metadata()
-            mine = [n for n in names if _stored_as(n, left) is not None]
-            if mine:
-                state = {n: tensors.get_tensor(n) for n in names}
-                for n in mine:
-                    value = left.pop(_stored_as(n, left) or "")
-                    state[n] = value.to(state[n].dtype).cpu().contiguous()
+            mine = {stored: name for stored in names if (name := _stored_as(stored, changed)) is not None}
+            state = {stored: tensors.get_tensor(stored) for stored in names} if mine else {}
         if mine:
+            state |= {stored: changed[name].contiguous() for stored, name in mine.items()}
             save_file(state, str(folder / file.name), metadata=metadata)
             (folder / file.name).chmod(0o644)
         else:
             shutil.copyfile(file, folder / file.name)
-    if left:
-        raise ModelError(
-            f"--fold: {', '.join(left)} is not stored in {base.folder}: leave --fold out, and please report it"
-        )
     for extra in ("model.safetensors.index.json", "generation_config.json"):
         if (base.folder / extra).is_file():
             shutil.copyfile(base.folder / extra, folder / extra)
@@ -146,6 +180,6 @@ def _write(base: BaseModel, changed: dict[str, Tensor], folder: Path) -> None:
     base.tokenizer.save_pretrained(folder)
 
 
-def _stored_as(stored: str, changed: dict[str, Tensor]) -> str | None:
+def _stored_as(stored: str, changed: Iterable[str]) -> str | None:
     """Return which of the changed names a stored name means; checkpoints may leave out the decoder's prefix."""
     return next((name for name in changed if name == stored or name.endswith(f".{stored}")), None)

@@ -16,7 +16,7 @@ LOSSES = (
     "top_label", "nll", "nll+top_label", "top_label_brier", "smoothing", "smoothing-reference", "smoothing-topk", "answer",
 )  # fmt: skip
 ANSWER_CONFIDENCES = ("mean", "geometric_mean", "product", "min", "first", "last")
-DEFAULT_LOSS = "top_label"
+DEFAULT_LOSS, PAPER_LOSS = "top_label", "smoothing"
 
 
 @dataclass
@@ -36,13 +36,18 @@ class CalibrateConfig:
         help="auto fits the scalars and ats-linear, all fits every one, and the best on validation is kept; paper is "
         "ats-transformer with --loss smoothing",
     )
-    loss: str = option(DEFAULT_LOSS, choices=LOSSES, help="of the heads that read hidden states")
+    loss: str | None = option(
+        None, choices=LOSSES, help="of the heads that read hidden states (default: top_label; answer with --on_policy)"
+    )
     on_policy: bool = option(
         False, help="fit on answers the model gives itself to rows with question and answers, graded"
     )
-    samples: int = option(1, help="with --on_policy, answers a question: 1 is greedy, more are drawn at temperature 1")
+    samples: int = option(
+        1,
+        help="with --on_policy, or --verify of its result, answers a question: 1 is greedy, more are drawn at temperature 1",
+    )
     rollout_backend: str = option(
-        "auto", choices=("auto", "transformers", "vllm"), help="with --on_policy, what samples the answers"
+        "auto", choices=("auto", "transformers", "vllm"), help="with --on_policy or --verify, what samples the answers"
     )
     answer_confidence: str = option(
         "mean", choices=ANSWER_CONFIDENCES, help="with --on_policy, how the tokens' probabilities become the answer's"
@@ -80,6 +85,8 @@ class CalibrateConfig:
             given = [name for name in refits if getattr(self, name)]
             given += ["num_seeds"] if self.num_seeds != 1 else []
             given += ["resume_from_checkpoint"] if self.resume_from_checkpoint else []
+            given += ["loss"] if self.loss else []
+            given += ["answer_confidence"] if self.answer_confidence != "mean" else []
             if given:
                 raise UsageError(
                     f"--{given[0]} has no meaning with --verify, which refits and saves nothing; leave it out"
@@ -107,29 +114,40 @@ class CalibrateConfig:
             )
         if self.fold and (self.merge or self.check_serving):
             raise UsageError("--fold writes a plain checkpoint of its own; leave --merge and --check_serving out")
-        if self.method == PAPER and self.loss != DEFAULT_LOSS:
+        self._check_loss()
+        if self.on_policy and self.method in (VECTOR, ALL):
+            raise UsageError(f"--method {self.method} with --on_policy: a vector says other answers than those graded")
+        if not self.on_policy:
+            sampling = () if self.verify else (("samples", 1), ("rollout_backend", "auto"))
+            for name, default in (*sampling, ("answer_confidence", "mean")):
+                if getattr(self, name) != default:
+                    raise UsageError(f"--{name} has no meaning without --on_policy")
+
+    def _check_loss(self) -> None:
+        if self.loss is None:
+            return
+        if self.method == PAPER and self.loss != PAPER_LOSS:
             raise UsageError(
                 f"--method {PAPER} has its own loss; for another one say --method {TRANSFORMER} --loss {self.loss}"
+            )
+        if self.method in (TEMPERATURE, TEMPERATURE_ECE, VECTOR):
+            raise UsageError(
+                f"--loss {self.loss} has no meaning with --method {self.method}, which has its own; leave it out, or name a "
+                f"method that reads hidden states ({LINEAR}, {MLP}, {TRANSFORMER})"
             )
         if self.on_policy and "nll" in self.loss:
             raise UsageError(
                 f"--loss {self.loss} with --on_policy: the model's own words are likely, right or wrong; leave it out"
             )
-        if self.on_policy and self.method in (VECTOR, ALL):
-            raise UsageError(f"--method {self.method} with --on_policy: a vector says other answers than those graded")
-        if not self.on_policy:
-            for name, default in (("samples", 1), ("rollout_backend", "auto"), ("answer_confidence", "mean")):
-                if getattr(self, name) != default:
-                    raise UsageError(f"--{name} has no meaning without --on_policy")
-            if self.loss == "answer":
-                raise UsageError("--loss answer needs graded answers: --on_policy")
+        if not self.on_policy and self.loss == "answer":
+            raise UsageError("--loss answer needs graded answers: --on_policy")
 
     @property
     def fitted_loss(self) -> str:
-        """The loss of the heads that read hidden states; on graded answers the default is that of answers."""
+        """The loss of the heads that read hidden states, the control among them."""
         if self.method == PAPER:
-            return "smoothing"
-        return "answer" if self.on_policy and self.loss == DEFAULT_LOSS else self.loss
+            return PAPER_LOSS
+        return self.loss or ("answer" if self.on_policy else DEFAULT_LOSS)
 
     @property
     def needs_sequences(self) -> bool:

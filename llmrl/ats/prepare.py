@@ -61,7 +61,7 @@ def open_base(config: CalibrateConfig, partial: Path, say: Any) -> BaseModel:
 
 
 def select_windows(
-    config: CalibrateConfig, rows: list[Row], base: BaseModel, say: Any, partial: Path | None = None
+    config: CalibrateConfig, rows: list[Row], base: BaseModel, say: Any, answers_in: Path | None = None
 ) -> Prepared:
     """Encode the rows, or let the model answer them, and keep at most `max_tokens`; say what was found, left out and kept.
 
@@ -70,16 +70,16 @@ def select_windows(
         rows: from `read_rows`.
         base: the loaded base.
         say: prints a line.
-        partial: with --on_policy, where finished answers are kept.
+        answers_in: the folder where finished answers are kept; None where the model gives none.
     """
     longest = _longest(config, base)
     answers = None
-    if config.on_policy:
-        assert partial is not None
-        found, answers = _answer(config, rows, base, longest, partial / ANSWERS)
-        backend = answers.pop("backend")
+    if answers_in is not None:
+        found, answers = _answer(config, rows, base, longest, answers_in)
+        # of this run: one that goes on where another stopped has the same report
+        backend, cached = answers.pop("backend"), answers.pop("cached")
         say(
-            f"answers: {answers['answers']:,} sampled by {backend} ({answers['cached']:,} of them before), "
+            f"answers: {answers['answers']:,} sampled by {backend} ({cached:,} of them before), "
             f"{answers['accuracy']:.1%} right, {answers['mean_tokens']:.1f} tokens on average"
         )
     else:
@@ -89,13 +89,13 @@ def select_windows(
     line = excluded_line(found)
     if line:
         say(line)
-    repeated = 0 if config.on_policy else duplicate_rows(windows)
+    repeated, what = duplicate_rows(windows), "text" if answers is None else "question"
     if repeated:
-        say(f"{repeated} rows repeat the text of another; each text is in one part of the split only")
+        say(f"{repeated} rows repeat the {what} of another; each {what} is in one part of the split only")
     if len(windows) < len(found.windows):
         used = sum(sum(window.scored) for window in windows)
         say(f"using {used:,} of {found.tokens:,} tokens, spread over all files; --max_tokens takes more")
-    return Prepared(found, windows, "answer" if config.on_policy else level_of(rows), answers)
+    return Prepared(found, windows, level_of(rows) if answers is None else "answer", answers)
 
 
 def excluded_line(found: Windows) -> str | None:

@@ -74,6 +74,23 @@ def seeds_table(seeds: dict[str, dict[str, Any]], metric: str = "ece") -> str:
     return _align(rows)
 
 
+def scope(level: str | None, answer_confidence: str | None) -> str | None:
+    """Return the sentence about where the probabilities may be believed; None for a fit on text.
+
+    Args:
+        level: of `HeadsConfig`.
+        answer_confidence: of `HeadsConfig`.
+    """
+    if level != "answer":
+        return None
+    if answer_confidence is None:
+        return "fitted on answer letters: read its confidence there; sampled text of this folder is not calibrated"
+    return (
+        f"fitted on graded answers: the confidence of a whole answer is calibrated (--answer_confidence {answer_confidence} of "
+        "its tokens' probabilities); the probabilities of other text of this folder are not"
+    )
+
+
 def sentences(report: dict[str, Any]) -> list[str]:
     """Say in words what the paired differences show, for and against the selected method, over all seeds."""
     selected, seeds = report["selected"], list(report["seeds"].values())

@@ -38,7 +38,7 @@ def save_and_check(
         assert isinstance(head, TemperatureHead)
         report["fold_error"] = fold_temperature(base, float(head.bias), staging)
     else:
-        _save_head(staging, config, base, head, report["selected"])
+        _save_head(staging, config, base, head, report)
     write_run_files(staging, to_flat(config))
     base = replace(base, model=None)  # the weights would be in memory twice
     gc.collect()
@@ -50,7 +50,7 @@ def save_and_check(
         )
 
 
-def _save_head(staging: Path, config: CalibrateConfig, base: BaseModel, head: Any, method: str) -> None:
+def _save_head(staging: Path, config: CalibrateConfig, base: BaseModel, head: Any, report: dict[str, Any]) -> None:
     heads = nn.ModuleDict({head.spec.kind: head})
     spec = HeadsConfig(
         heads={name: module.spec for name, module in heads.items()},  # type: ignore[misc]
@@ -58,7 +58,9 @@ def _save_head(staging: Path, config: CalibrateConfig, base: BaseModel, head: An
         base_model_type=base.model.config.model_type,
         base_architecture=base.architecture,
         merged=config.merge,
-        method=method,
+        method=report["selected"],
+        level=report["level"],
+        answer_confidence=report["answer_confidence"],
     )
     dtype = None if config.dtype == "auto" else config.dtype
     save_heads_folder(staging, heads, spec, base.tokenizer, base.folder, dtype)

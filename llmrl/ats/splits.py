@@ -94,11 +94,10 @@ def _units(windows: list[Window]) -> list[list[int]]:
     block = max(1, min(MAX_BLOCK, len(windows) // _ENOUGH))
     units: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for row in rows.values():
-        whole = _is_graded(windows, row) or per_source[windows[row[0]].source] >= _ENOUGH
-        size = len(row) if whole else block
+        size = len(row) if per_source[windows[row[0]].source] >= _ENOUGH else block
         for start in range(0, len(row), size):
             part = row[start : start + size]
-            # the same text again must not be fitted on and tested on
+            # the same text or question again must not be fitted on and tested on
             units.setdefault(_content(windows, part), []).extend(part)
     return list(units.values())
 

@@ -14,9 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmrl.errors import DataError
 from llmrl.files import to_json, write_text
+from llmrl.training.tracking import TIMINGS_FILE
 
 METRICS_FILE = "metrics.jsonl"
-TIMINGS_FILE = "timings.jsonl"
 _TIMING_SUFFIXES = ("_runtime", "_per_second", "_time", "_per_second_per_gpu")
 
 

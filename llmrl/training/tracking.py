@@ -14,6 +14,8 @@ from llmrl.errors import UsageError
 from llmrl.files import to_json
 from llmrl.training.distributed import is_main_process
 
+TIMINGS_FILE = "timings.jsonl"  # apart from the numbers, because clock times differ between equal runs
+
 
 @contextmanager
 def progress_bar(title: str, total: int, *, unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:

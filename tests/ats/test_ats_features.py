@@ -21,7 +21,7 @@ from llmrl_kernels import curve_knots
 SCRIPT = Path(__file__).with_name("features_run.py")
 NAMES = (
     "states", "offsets", "row", "window", "target", "gap", "mean_gap", "top_gap", "correct", "graded", "choice", "choices",
-    "curve", "slope",
+    "curve", "slope", "question", "unscored",
 )  # fmt: skip
 
 
@@ -272,8 +272,8 @@ def test_extract_features_resume_recomputes_what_is_missing_only(llama, tmp_path
         hook.remove()
     after = {shard.name: shard.stat().st_mtime_ns for shard in shards}
     assert [after[s.name] == before[s.name] for s in shards] == [True, False, True]
-    # 64 windows in batches of 4, and two forwards that check the output layer
-    assert len(calls) == 16 + 2
+    # 64 windows in batches of 4, and one forward that checks the output layer
+    assert len(calls) == 16 + 1
 
 
 def test_extract_features_reports_progress(llama, tmp_path):

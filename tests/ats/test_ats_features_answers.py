@@ -130,3 +130,20 @@ def test_extract_features_leave_masked_vocabulary_out_of_the_means(value, llama,
     if value == -torch.inf:
         with pytest.raises(ModelError, match=r"cannot say a token of q\.jsonl:2"):
             extract(llama, [window, question(1, None, 450)], tmp_path / "said")
+
+
+def test_extract_features_says_which_answers_are_to_one_question_and_what_does_not_count(llama, tmp_path):
+    """The same prompt in another row is the same question; text and choices stand each for themselves."""
+    asked = [3, 9, 27, 81]
+    windows = [
+        Window([*asked, 5, 6], [False] * 4 + [True] * 2, 0, "q", "q:1", grade=True),
+        Window([*asked, 7], [False] * 4 + [True], 0, "q", "q:1", grade=False),
+        Window([*asked, 5, 6, 2], [False] * 4 + [True] * 2 + [False], 4, "q", "q:5", grade=True),
+        Window([*asked[:3], 5, 6], [False] * 3 + [True] * 2, 5, "q", "q:6", grade=True),
+        Window([1, *asked], [False] + [True] * 4, 6, "t", "t:1"),
+        Window([1, *asked], [False] + [True] * 4, 7, "t", "t:2"),
+    ]
+    found = extract(llama, windows, tmp_path)
+    assert found.question.tolist() == [0, 0, 0, 1, 2, 3]
+    assert found.unscored.tolist() == [3, 3, 4, 2, 0, 0]  # the first token is not predicted
+    assert found.of_windows([2, 4]).question.equal(found.question)  # by the window's number in the whole

@@ -70,6 +70,20 @@ def test_fit_temperature_ece_is_near_the_brute_force_minimum(make_world):
     assert ece(0.0) > least + 0.1
 
 
+def test_curve_loss_reference_weighs_each_window_by_its_own_prompt(make_world):
+    """Windows in any batch, of a selection too, are what each is alone; a longer prompt weighs the right tokens up."""
+    features = make_world(constant(0.0), tokens=640, windows=10).features
+    features = replace(features, unscored=torch.arange(10) * 20)
+    loss, tau = Loss("smoothing-reference", alpha=0.3), torch.full((640,), -0.2)
+    alone = [curve_loss(loss, features, tau[:64], (features.window == w).nonzero()[:, 0]).item() for w in range(10)]
+    assert curve_loss(loss, features, tau).tolist() == pytest.approx(alone, rel=1e-5)
+    part = features.of_windows([2, 7, 9])
+    assert curve_loss(loss, part, tau[:192]).tolist() == pytest.approx([alone[w] for w in (2, 7, 9)], rel=1e-5)
+    plain = curve_loss(loss, replace(features, unscored=torch.zeros(10, dtype=torch.long)), tau)
+    assert plain[0].item() == pytest.approx(alone[0], rel=1e-5)
+    assert plain[9].item() != pytest.approx(alone[9], rel=1e-2)
+
+
 @pytest.mark.parametrize(("truth", "bound"), [(-6.0, MIN_LOG_SCALE), (5.0, MAX_LOG_SCALE)])
 def test_fit_temperature_stays_within_the_clip(truth, bound, make_world):
     found = fit_temperature(make_world(constant(truth), tokens=1000).features, NLL)

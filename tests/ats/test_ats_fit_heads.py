@@ -332,7 +332,8 @@ def test_fit_head_answer_learns_which_answers_are_right(architecture, make_world
     assert mean_loss(loss, test, head) < curve_loss(loss, test, scalar).mean().item() - 0.02
 
 
-def test_fit_head_answer_takes_whole_answers_into_a_batch(make_world, monkeypatch):
+@pytest.mark.parametrize("name", ["answer", "smoothing-reference"])
+def test_fit_head_takes_whole_windows_into_a_batch_where_the_loss_is_of_windows(name, make_world, monkeypatch):
     seen, plain = [], module.curve_loss
 
     def spy(loss, features, log_scale, tokens=None):
@@ -344,7 +345,7 @@ def test_fit_head_answer_takes_whole_answers_into_a_batch(make_world, monkeypatc
     monkeypatch.setattr(module, "MIN_STEPS", 4)
     monkeypatch.setattr(module, "BATCH_TOKENS", 100)
     fit, validation = (graded(make_world(constant(0.0), tokens=n, seed=n)) for n in (800, 400))
-    fit_head(SPECS["linear"], fit, validation, loss=Loss("answer"), seed=0)
+    fit_head(SPECS["linear"], fit, validation, loss=Loss(name), seed=0)
     assert len(seen) > 20
     for features, tokens in seen:
         assert torch.isin(features.window, features.window[tokens]).sum() == len(tokens) == 100

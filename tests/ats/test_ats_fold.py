@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmrl.ats.fold import final_norm, fold_temperature, foldable
+from llmrl.ats.fold import final_norm, fold_temperature, foldable, is_folded
 from llmrl.base_model import load_base
 from llmrl.errors import ModelError
 from llmrl.fingerprints import weight_files
@@ -126,6 +126,39 @@ def test_fold_in_bfloat16_reports_its_rounding(tiny_model, tmp_path, stories_tok
     assert {value.dtype for value in load_file(tmp_path / "folded" / "model.safetensors").values()} == {torch.bfloat16}
     wanted, found = logits(base, dtype="auto") * math.exp(TAU), logits(tmp_path / "folded", dtype="auto")
     assert ((found - wanted).abs().max() / wanted.abs().max()).item() < 2e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_fold_of_a_base_in_another_dtype_writes_the_checkpoints_own(family, tiny_model, tmp_path):
+    """Read in bfloat16 the norm has 8 bits; the float32 checkpoint keeps its 24."""
+    error = fold_temperature(load_base(str(tiny_model(family)), dtype="bfloat16"), TAU, tmp_path)
+    assert error < 2e-2  # in bfloat16, as it was computed
+    old, new = load_file(tiny_model(family) / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    changed = [name for name in old if not old[name].equal(new[name])]
+    assert len(changed) == (1 if family == "llama" else 3)
+    for name in changed:
+        assert new[name].dtype == torch.float32
+        torch.testing.assert_close(new[name], old[name] * math.exp(TAU), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logits(tmp_path), logits(tiny_model(family)) * math.exp(TAU), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "folded"),
+    [
+        ('{"fold_error": 1e-7, "llmrl_version": "0.1"}', True),
+        ('{"fold_error": 0.0, "llmrl_version": "0.1"}', True),
+        ('{"llmrl_version": "0.1"}', False),
+        ('{"fold_error": 1e-7}', False),
+        ('{"fold_error": null, "llmrl_version": "0.1"}', False),
+        ("[]", False),
+        ("{", False),
+        (None, False),
+    ],
+)
+def test_is_folded_goes_by_the_report(text, folded, tmp_path):
+    if text is not None:
+        (tmp_path / "report.json").write_text(text)
+    assert is_folded(tmp_path) is folded
 
 
 def test_final_norm_is_the_last_one_not_the_embeddings(stories_tokenizer):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from llmrl.ats.losses import (
     AGGREGATES,
     LOSSES,
+    REFERENCE,
     Loss,
     Tempered,
     answer_log_confidence,
@@ -25,7 +27,7 @@ from llmrl_kernels import curve_knots, lse_curve, lse_interpolate
 
 N, V = 200, 50
 ALPHA = 0.3
-TOKEN_LOSSES = [name for name in LOSSES if name != "answer"]
+TOKEN_LOSSES = [name for name in LOSSES if not Loss(name).of_windows]
 
 
 @pytest.fixture
@@ -51,7 +53,8 @@ def tempered(logits, target, log_scale, lse=None, graded=None):
         top_gap=top - logits.sort(-1).values[:, -5:].mean(-1),
         confidence_gap=torch.zeros_like(gap) if graded is None else gap,
         correct=argmax == target if graded is None else graded,
-        answer=torch.arange(len(target)),
+        window=torch.arange(len(target)),
+        unscored=torch.zeros(len(target), dtype=torch.long),
     )
 
 
@@ -65,9 +68,7 @@ def expected_losses(name, logits, target, log_scale):
     binary = -torch.where(right, p.log(), torch.log1p(-p))
     uniform = cross_entropy(scaled, target, reduction="none", label_smoothing=1.0)
     top5 = -log_p.gather(1, logits.topk(5).indices).mean(-1)
-    n, a = len(right), ALPHA
-    hard_weight, smooth_weight = (1 - a) * (~right).sum() / n, a * right.sum() / n
-    both = hard_weight + smooth_weight
+    a = ALPHA
     return {
         "nll": hard,
         "top_label": binary,
@@ -75,11 +76,6 @@ def expected_losses(name, logits, target, log_scale):
         "top_label_brier": (p - right.double()) ** 2,
         "smoothing": torch.where(right, (1 - a) * hard, a * uniform),
         "smoothing-topk": torch.where(right, (1 - a) * hard, a * top5),
-        "smoothing-reference": torch.where(
-            right, hard * hard_weight / right.sum(), uniform * smooth_weight / (~right).sum()
-        )
-        * n
-        / both,
     }[name]
 
 
@@ -210,11 +206,19 @@ def test_selective_smoothing_mean_does_not_depend_on_the_micro_batch(batch):
     assert sum(p.sum().item() for p in parts) / N == pytest.approx(loss(slice(0, N)).mean().item(), rel=1e-12)
 
 
+ONE = torch.zeros(1, dtype=torch.long)  # a window without a prompt
+
+
+def weights_of(correct, alpha, unscored=0):
+    """The weights in one window."""
+    return reference_weights(correct, alpha, torch.zeros(len(correct), dtype=torch.long), ONE + unscored)
+
+
 def test_reference_weights_by_hand():
     """3 right, 1 wrong, alpha 0.4: weights .6 * 1/4 and .4 * 3/4 over their sum, each over its class."""
     correct = torch.tensor([True, True, True, False])
-    # the loss of a token times its factor of the paper weighting, summed with the weight of a mean
-    per_token = reference_weights(correct, 0.4) * torch.tensor([0.6, 0.6, 0.6, 0.4]) / 4
+    # the loss of a token times its factor of the paper weighting
+    per_token = weights_of(correct, 0.4) * torch.tensor([0.6, 0.6, 0.6, 0.4])
     expected = torch.tensor([0.15 / 0.45 / 3] * 3 + [0.3 / 0.45])
     torch.testing.assert_close(per_token, expected)
     assert per_token.sum() == pytest.approx(1.0)
@@ -223,24 +227,57 @@ def test_reference_weights_by_hand():
 def test_reference_weights_ratio_is_that_of_the_note():
     """((1 - alpha) / alpha) (wrong / right)^2, in front of the bare losses of a right and of a wrong token."""
     correct = torch.arange(10) < 7
-    weights = reference_weights(correct, 0.2).double() * torch.where(correct, 0.8, 0.2)
+    weights = weights_of(correct, 0.2).double() * torch.where(correct, 0.8, 0.2)
     assert weights[0] / weights[9] == pytest.approx((0.8 / 0.2) * (3 / 7) ** 2, rel=1e-5)
-
-
-def test_reference_weights_ignored_tokens_are_wrong_ones_without_loss():
-    """As if prompt tokens stood in the batch with a loss of 0: what the paper's code does."""
-    correct = torch.tensor([True, False, True, False, False])
-    with_prompt = torch.cat([correct, torch.zeros(6, dtype=torch.bool)])
-    losses = torch.tensor([0.2, 1.0, 0.3, 2.0, 0.5])
-    found = (reference_weights(correct, 0.5, ignored=6) * losses).mean().item()
-    expected = (reference_weights(with_prompt, 0.5) * torch.cat([losses, torch.zeros(6)])).mean().item()
-    assert found == pytest.approx(expected, rel=1e-6)
-    assert found != pytest.approx((reference_weights(correct, 0.5) * losses).mean().item(), rel=1e-2)
+    # with a prompt of 11 tokens, which count as wrong
+    weights = weights_of(correct, 0.2, unscored=11).double() * torch.where(correct, 0.8, 0.2)
+    assert weights[0] / weights[9] == pytest.approx((0.8 / 0.2) * (14 / 7) ** 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_reference_weights_of_one_class_alone_are_zero(value):
-    assert reference_weights(torch.full((4,), value), 0.5).eq(0).all()
+    assert weights_of(torch.full((4,), value), 0.5).eq(0).all()
+
+
+SIZES = (60, 1, 39, 100)  # tokens of four sequences
+PROMPTS = torch.tensor([25, 4, 0, 160])
+
+
+def in_windows(at):
+    return replace(at, window=torch.arange(4).repeat_interleave(torch.tensor(SIZES)), unscored=PROMPTS)
+
+
+def loss_of_the_papers_code(logits, target, log_scale, prompt):
+    """Of one sequence, as SelectiveSmoothingLoss does it: labels with -100, two means, weighed by each other's share."""
+    labels = torch.cat([torch.full((prompt,), -100), target])
+    scaled = torch.cat([torch.randn(prompt, V, dtype=torch.float64), logits * log_scale.exp()[:, None]])
+    right = scaled.argmax(-1) == labels
+    share = right.double().mean()
+
+    def mean(rows, smoothing):
+        one = cross_entropy(scaled[rows], labels[rows], reduction="none", label_smoothing=smoothing, ignore_index=-100)
+        return one.sum() / rows.sum().clamp_min(1)
+
+    hard, smooth = (1 - ALPHA) * (1 - share), ALPHA * share
+    return (hard * mean(right, 0.0) + smooth * mean(~right, 1.0)) / (hard + smooth).clamp_min(1e-30)
+
+
+def test_smoothing_reference_is_the_papers_code_one_sequence_at_a_time(batch):
+    parts = [tensor.split(SIZES) for tensor in batch]
+    expected = torch.stack([
+        loss_of_the_papers_code(*part, prompt) for *part, prompt in zip(*parts, PROMPTS.tolist(), strict=True)
+    ])  # fmt: skip
+    found = calibration_loss(Loss(REFERENCE, alpha=ALPHA), in_windows(tempered(*batch)))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    without = replace(in_windows(tempered(*batch)), unscored=torch.zeros(4, dtype=torch.long))
+    assert (calibration_loss(Loss(REFERENCE, alpha=ALPHA), without) - expected).abs().max() > 0.05
+
+
+def test_smoothing_reference_passes_gradcheck(batch):
+    def mean(log_scale):
+        return calibration_loss(Loss(REFERENCE, alpha=ALPHA), in_windows(tempered(*batch[:2], log_scale))).mean()
+
+    assert torch.autograd.gradcheck(mean, batch[2].clone().requires_grad_())
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -287,7 +324,7 @@ def test_answer_log_confidence_of_hopeless_answers_is_finite():
 def test_calibration_loss_answer_reads_the_probability_of_what_was_said(batch):
     logits, target, log_scale = batch
     at = tempered(*batch, graded=torch.arange(N) // 4 % 2 == 0)
-    at = Tempered(**{**vars(at), "answer": torch.arange(N) // 4})
+    at = replace(at, window=torch.arange(N) // 4, unscored=torch.zeros(N // 4, dtype=torch.long))
     found = calibration_loss(Loss("answer", aggregate="product"), at)
     p = (logits * log_scale.exp()[:, None]).softmax(-1).gather(1, target[:, None])[:, 0]
     confidence, grade = p.view(-1, 4).prod(-1), torch.arange(N // 4) % 2 == 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmrl.ats import on_policy
-from llmrl.ats.data import read_rows
+from llmrl.ats.data import Window, Windows, read_rows
 from llmrl.ats.on_policy import SampledAnswers
 from llmrl.ats.options import CalibrateConfig
 from llmrl.ats.prepare import ANSWERS, MERGED, _engine, remove_unfinished, select_windows
@@ -54,14 +54,39 @@ def test_select_windows_hands_the_options_on_to_the_sampling_of_answers(
         questions, base, on_policy=True, samples=samples, seed=7, rollout_backend="transformers", max_length=48,
         batch_size=3,
     )  # fmt: skip
-    prepared = select_windows(config, read_rows([str(questions)]), base, lambda line: None, tmp_path / "partial")
+    said = []
+    prepared = select_windows(config, read_rows([str(questions)]), base, said.append, tmp_path / ANSWERS)
     (call,) = asked
     assert (call.n, call.temperature, call.seed) == (samples, temperature, 7)
-    assert call.cache_dir == tmp_path / "partial" / ANSWERS
+    assert call.cache_dir == tmp_path / ANSWERS
     assert call.engine.max_model_len == 48
     assert call.engine._model is base.model  # not loaded a second time
     assert prepared.level == "answer"
     assert "backend" not in prepared.answers
+    # a run that was cut off and goes on has the same report
+    assert "cached" not in prepared.answers
+    assert any("(0 of them before)" in line for line in said)
+
+
+def test_select_windows_says_which_questions_are_asked_again(base, tmp_path, monkeypatch):
+    """Their sampled answers differ; what counts is the question."""
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i % 9}?", "answers": ["yes"]}) + "\n" for i in range(12)))
+
+    def sample_answers(rows, *arguments, **options):
+        windows = [
+            Window(
+                [4, ord(row.fields["question"][0]), 9, 100 + i], [False] * 3 + [True], i, "q", "q", grade=bool(i % 2)
+            )
+            for i, row in enumerate(rows)
+        ]
+        return SampledAnswers(Windows(windows, rows=len(rows)), [], cached=0)
+
+    monkeypatch.setattr(on_policy, "sample_answers", sample_answers)
+    said = []
+    config = config_for(path, base, on_policy=True, rollout_backend="transformers")
+    select_windows(config, read_rows([str(path)]), base, said.append, tmp_path / ANSWERS)
+    assert "3 rows repeat the question of another; each question is in one part of the split only" in said
 
 
 def test_engine_of_another_backend_computes_in_the_dtype_of_the_base(base, questions, monkeypatch):

@@ -183,3 +183,30 @@ def test_split_windows_shares_are_of_tokens_where_rows_differ_in_length(seed):
     windows = [window(row, tokens=200 if row % 10 == 0 else 8) for row in range(400)]
     found = [sum(sum(windows[i].scored) for i in part) for part in parts(split_windows(windows, seed))]
     assert [count / sum(found) for count in found] == pytest.approx([0.5, 0.15, 0.35], abs=0.02)
+
+
+# --- graded answers ---------------------------------------------------------------------------------------------------
+
+
+def sampled(question, row, sample):
+    return Window(
+        [1, question, 9, 100 + row, sample], [False] * 3 + [True] * 2, row, "q.jsonl", "q", grade=sample % 2 == 0
+    )
+
+
+@pytest.mark.parametrize(("rows", "samples"), [(10, 8), (22, 3), (40, 4)])
+def test_split_windows_answers_to_one_question_are_in_one_part(rows, samples):
+    """Few questions or many, and each asked in two rows."""
+    windows = [sampled(1000 + row % (rows // 2), row, k) for row in range(rows) for k in range(samples)]
+    asked = [{windows[i].token_ids[1] for i in part} for part in parts(split_windows(windows, seed=0))]
+    for one, other in itertools.combinations(asked, 2):
+        assert not one & other
+    kept = [w.token_ids[1] for w in limit_windows(windows, rows * samples, seed=0)]
+    assert 0 < len(kept) < len(windows)
+    assert all(kept.count(question) == 2 * samples for question in kept)
+
+
+def test_duplicate_rows_of_graded_answers_are_those_that_ask_the_same():
+    windows = [sampled(1000 + row % 7, row, k) for row in range(10) for k in range(4 - row % 2)]
+    assert duplicate_rows(windows) == 3
+    assert duplicate_rows(windows[:7]) == 0  # two questions, several answers to each

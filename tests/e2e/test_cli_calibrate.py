@@ -70,7 +70,14 @@ def test_calibrate_writes_json_without_nan(calibrated, read_json):
 
 def test_calibrate_writes_a_whole_output_folder(calibrated):
     folder, _ = calibrated
-    names = {"README.md", "config.resolved.yaml", "env.json", "metrics.jsonl", "llmrl_heads.safetensors"}
+    names = {
+        "README.md",
+        "config.resolved.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "timings.jsonl",
+        "llmrl_heads.safetensors",
+    }
     assert names <= {path.name for path in folder.iterdir()}
     assert (folder / "plots" / "reliability.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "model.safetensors").exists()

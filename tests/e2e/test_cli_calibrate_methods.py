@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_calibrate_vector_says_that_the_text_changes(calibrate, llmrl, book, tmp
 
 
 @pytest.mark.parametrize("method", ["temperature", "temperature-ece"])
-def test_calibrate_fold_writes_a_plain_checkpoint(method, calibrate, book, stories_dir, tmp_path, read_json):
+def test_calibrate_fold_writes_a_plain_checkpoint(method, calibrate, llmrl, book, stories_dir, tmp_path, read_json):
     folder = tmp_path / "out"
     ended = calibrate(book, folder, "--method", method, "--fold")
     assert ended.code == 0, ended.err
@@ -105,8 +106,19 @@ def test_calibrate_fold_writes_a_plain_checkpoint(method, calibrate, book, stori
     assert report["fold_error"] < 1e-5
     assert "a plain checkpoint" in ended.out
     assert "import llmrl" not in (folder / "README.md").read_text()
+    (folder / "notes.txt").write_text("mine")
+    again = calibrate(book, folder, "--method", method, "--fold", "--overwrite", "--seed", "1", "--quiet")
+    assert again.code == 0, again.err
+    scale = 1 / read_json(folder / "report.json")["temperatures"][method]
+    torch.testing.assert_close(logits(folder), logits(stories_dir) * scale, rtol=1e-4, atol=1e-4)
+    assert (folder / "notes.txt").exists()
+    verified = llmrl("calibrate", "--verify", folder, "--data", book)
+    assert verified.code == 1
+    assert "was made with --fold: the temperature is in its weights" in verified.refusal()
+    # without its report it could be anybody's model
+    (folder / "report.json").unlink()
     again = calibrate(book, folder, "--method", method, "--fold", "--overwrite", "--quiet")
-    assert again.code == 1  # a plain model there could be anybody's
+    assert again.code == 1
     assert "holds a model that llmrl did not write" in again.refusal()
 
 
@@ -132,6 +144,22 @@ def test_calibrate_multiple_choice_is_about_answers(calibrate, questions, tiny_l
     assert "held-out test slice: 21 answers" in ended.out
     # among three letters none is less sure than a third
     assert report["reliability"]["none"]["count"][:4] == [0, 0, 0, 0]
+    fitted_on = "fitted on answer letters: read its confidence there; sampled text of this folder is not calibrated"
+    assert fitted_on in ended.out
+    assert fitted_on in (folder / "README.md").read_text()
+    described = read_json(folder / "config.json")["llmrl"]
+    assert (described["level"], described["answer_confidence"]) == ("answer", None)
+
+
+def test_calibrate_refuses_choices_that_are_all_answered_alike(calibrate, tiny_lm, tmp_path):
+    """One letter is always the likeliest to this model; with two choices and that one right there is nothing to learn."""
+    data = tmp_path / "rows.jsonl"
+    rows = [{"question": f"What is {i} plus 1?", "choices": [str(i + 1)] * 2, "answer": 0} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = calibrate(data, tmp_path / "out", model=tiny_lm)
+    assert ended.code == 1
+    assert "answers to fit on are" in ended.refusal()
+    assert not (tmp_path / "out").exists()
 
 
 def test_calibrate_refuses_choices_beside_other_rows(calibrate, questions, book, tiny_lm, tmp_path):
@@ -168,6 +196,13 @@ def test_calibrate_adapter_needs_merge_and_is_merged(calibrate, book, stories_di
         (("--fold",), "--fold needs one number for all tokens: --method temperature or temperature-ece, not auto"),
         (("--fold", "--method", "temperature", "--merge"), "leave --merge and --check_serving out"),
         (("--method", "paper", "--loss", "nll"), "--method paper has its own loss"),
+        (("--method", "paper", "--loss", "top_label"), "say --method ats-transformer --loss top_label"),
+        (
+            ("--method", "temperature", "--loss", "nll"),
+            "--loss nll has no meaning with --method temperature, which has",
+        ),
+        (("--method", "temperature-ece", "--loss", "top_label"), "no meaning with --method temperature-ece"),
+        (("--method", "vector", "--loss", "nll"), "no meaning with --method vector"),
         (("--samples", "3"), "--samples has no meaning without --on_policy"),
         (("--answer_confidence", "min"), "--answer_confidence has no meaning without --on_policy"),
         (("--loss", "answer"), "--loss answer needs graded answers: --on_policy"),
@@ -192,6 +227,18 @@ def test_calibrate_on_policy_is_about_the_models_own_answers(
     assert ended.code == 0, ended.err
     report = read_json(folder / "report.json")
     assert (report["level"], report["answer_confidence"]) == ("answer", "mean")
+    assert (report["loss"], report["bootstrap"]["unit"]) == ("answer", "question")
+    assert "cached" not in report["answers"]
+    assert (
+        "fitted on graded answers: the confidence of a whole answer is calibrated (--answer_confidence mean"
+        in ended.out
+    )
+    phases = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
+    named = [] if method == "temperature" else [method]
+    assert [row.get("method", row["phase"]) for row in phases] == [
+        "answers", "features", "none", "temperature", *named, "ats-shuffled",
+    ]  # fmt: skip
+    assert all(row["seconds"] >= 0 for row in phases)
     assert report["answers"]["answers"] == report["rows"] == sum(report["tokens"].values()) == 50
     assert 0.1 < report["answers"]["accuracy"] < 0.95  # the model knows some of them
     assert report["methods"]["none"]["accuracy"]["value"] == pytest.approx(report["answers"]["accuracy"], abs=0.25)
@@ -208,6 +255,84 @@ def test_calibrate_on_policy_several_samples_and_another_confidence(calibrate, q
     report = read_json(tmp_path / "out" / "report.json")
     assert report["answer_confidence"] == "product"
     assert 90 <= report["answers"]["answers"] <= 100
+    assert re.search(r"only 1\d questions to test on: intervals are rough; more data mends it", ended.out), ended.out
+
+
+def test_calibrate_on_policy_takes_the_loss_it_is_given(calibrate, questions, tiny_lm, tmp_path, read_json):
+    options = ("--on_policy", "--rollout_backend", "transformers", "--method", "ats-linear", "--loss", "top_label")
+    ended = calibrate(questions / "free.jsonl", tmp_path / "out", *options, "--quiet", model=tiny_lm)
+    assert ended.code == 0, ended.err
+    report = read_json(tmp_path / "out" / "report.json")
+    assert (report["loss"], report["fits"]["ats-linear"]["loss"]) == ("top_label", "top_label")
+
+
+def test_calibrate_on_policy_refuses_answers_that_are_all_wrong(calibrate, tiny_lm, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"question": f"Why {i}?", "answers": ["qqq zz"]}) + "\n" for i in range(8)))
+    options = ("--on_policy", "--rollout_backend", "transformers", "--method", "temperature")
+    ended = calibrate(data, tmp_path / "out", *options, model=tiny_lm)
+    assert ended.code == 1
+    assert "answers to fit on are wrong" in ended.refusal()
+    assert "easier questions" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+# --- a folder of graded answers on new questions ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def graded_folders(calibrate, questions, tiny_lm, tmp_path_factory):
+    """Heads by the product of an answer's probabilities: one beside its base, one with it."""
+    folder = tmp_path_factory.mktemp("graded")
+    options = ("--on_policy", "--rollout_backend", "transformers", "--answer_confidence", "product", "--quiet")
+    for name, more in (("head", ("--method", "ats-linear")), ("merged", ("--method", "temperature", "--merge"))):
+        ended = calibrate(questions / "free.jsonl", folder / name, *options, *more, model=tiny_lm)
+        assert ended.code == 0, ended.err
+    return folder
+
+
+@pytest.mark.parametrize(("name", "method"), [("head", "ats-linear"), ("merged", "temperature")])
+def test_verify_of_graded_answers_samples_and_grades_new_ones(
+    name, method, llmrl, graded_folders, questions, tmp_path, read_json
+):
+    folder, small = graded_folders / name, ("--bootstrap_draws", "50", "--rollout_backend", "transformers")
+    described = read_json(folder / "config.json")["llmrl"]
+    assert (described["level"], described["answer_confidence"]) == ("answer", "product")
+    ended = llmrl("calibrate", "--verify", folder, "--data", questions / "free.jsonl", *small)
+    assert ended.code == 0, ended.err
+    assert "50 sampled by transformers" in ended.out
+    assert "50 answers; 95% intervals" in ended.out
+    verified, report = read_json(folder / "verify.json"), read_json(folder / "report.json")
+    assert (verified["level"], verified["answer_confidence"], verified["tokens"]) == ("answer", "product", {"test": 50})
+    # the very answers it was fitted on: greedy, by the base without its head
+    assert verified["answers"] == report["answers"]
+    assert verified["methods"]["none"]["accuracy"]["value"] == pytest.approx(report["answers"]["accuracy"])
+    assert list(verified["methods"]) == ["none", method]
+    assert verified["methods"][method]["nll"]["value"] < verified["methods"]["none"]["nll"]["value"]
+
+
+def test_verify_of_graded_answers_draws_several(llmrl, graded_folders, questions, tmp_path, read_json):
+    options = ("--samples", "2", "--bootstrap_draws", "50", "--quiet", "--output_dir", tmp_path / "out")
+    ended = llmrl("calibrate", "--verify", graded_folders / "merged", "--data", questions / "free.jsonl", *options)
+    assert ended.code == 0, ended.err
+    assert 90 <= read_json(tmp_path / "out" / "verify.json")["tokens"]["test"] <= 100
+
+
+def test_verify_of_graded_answers_refuses_other_rows_and_an_engine_with_the_head(
+    llmrl, graded_folders, questions, book
+):
+    folder = graded_folders / "merged"
+    for data in (book, questions / "choices.jsonl"):
+        refused = llmrl("calibrate", "--verify", folder, "--data", data)
+        assert refused.code == 1
+        assert "was fitted on the model's own graded answers (--on_policy), and" in refused.refusal()
+    words = ("calibrate", "--verify", folder, "--data", questions / "free.jsonl")
+    refused = llmrl(*words, "--rollout_backend", "vllm")
+    assert refused.code == 2
+    assert "vLLM would answer with the head in effect" in refused.refusal()
+    refused = llmrl(*words, "--answer_confidence", "min")
+    assert refused.code == 2
+    assert "--answer_confidence has no meaning with --verify" in refused.refusal()
 
 
 @pytest.mark.parametrize(

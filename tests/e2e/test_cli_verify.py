@@ -183,7 +183,15 @@ def test_verify_accepts_what_changes_no_number(verify, own):
 
 
 @pytest.mark.parametrize(
-    "options", [["--merge"], ["--check_serving"], ["--overwrite"], ["--num_seeds", "2"], ["--resume_from_checkpoint"]]
+    "options",
+    [
+        ["--merge"],
+        ["--check_serving"],
+        ["--overwrite"],
+        ["--num_seeds", "2"],
+        ["--resume_from_checkpoint"],
+        ["--loss", "nll"],
+    ],
 )
 def test_verify_refuses_options_of_a_fit(options, verify, folder, contents):
     before = contents(folder)
@@ -191,6 +199,12 @@ def test_verify_refuses_options_of_a_fit(options, verify, folder, contents):
     assert ended.code == 2
     assert f"{options[0]} has no meaning with --verify" in ended.refusal()
     assert contents(folder) == before
+
+
+def test_verify_refuses_to_sample_for_a_folder_that_was_fitted_on_text(verify, folder):
+    ended = verify(folder, "--samples", "3")
+    assert ended.code == 2
+    assert "--samples has no meaning here" in ended.refusal()
 
 
 def test_verify_finds_a_moved_base_by_name(verify, own):
