@@ -40,9 +40,8 @@ class LogitsHeadsMixin:
         self._llmrl_hidden = args[0]
 
     def _keep_states(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._llmrl_states = states_of(
-            module, output
-        )  # of every position, where the output embedding may see the last only
+        # of every position, where the output embedding may see the last only
+        self._llmrl_states = states_of(module, output)
 
     def _sequence_taus(self, kwargs: dict[str, Any], cache: Any, seen: int | Tensor) -> dict[str, Tensor]:
         """Return tau of the heads that read earlier positions, at the positions whose logits were computed."""
@@ -54,8 +53,8 @@ class LogitsHeadsMixin:
         mask = self._mask(kwargs, cache)
         keep = kwargs.get("logits_to_keep", 0)
         rows = slice(-keep, None) if isinstance(keep, int) and keep else slice(None) if isinstance(keep, int) else keep
-        if hidden.shape[1] == states.shape[1]:
-            rows = slice(None)
+        if hidden.shape[1] == states.shape[1] and (isinstance(keep, int) or hidden.equal(states)):
+            rows = slice(None)  # the base ignores `logits_to_keep`
         if not self._llmrl_checked:  # once: on a GPU the comparison waits for the device
             check_states(self, states[:, rows], hidden)
         self._llmrl_checked = True

@@ -171,10 +171,13 @@ def test_cropped_cache_forgets_in_the_head_too(model, whole):
     torch.testing.assert_close(again, whole[:, 8:], **ALMOST)
 
 
-@pytest.mark.parametrize("keep", [1, 3, torch.tensor([2, 9])], ids=["1", "3", "rows"])
+@pytest.mark.parametrize(
+    "keep", [1, 3, torch.tensor([2, 9]), torch.arange(14).flip(0)], ids=["1", "3", "rows", "another order"]
+)
 def test_logits_to_keep_are_rows_of_the_whole(model, whole, keep):
     rows = keep if torch.is_tensor(keep) else slice(-keep, None)
     with torch.inference_mode():
+        model(input_ids=IDS)  # the first call is checked against the decoder's states, later ones are not
         torch.testing.assert_close(model(input_ids=IDS, logits_to_keep=keep).logits, whole[:, rows], **ALMOST)
 
 

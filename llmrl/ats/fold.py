@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmrl.ats.output_layer import OutputLayer
 from llmrl.base_model import BaseModel
 from llmrl.errors import ModelError
 from llmrl.files import write_json
@@ -54,8 +55,9 @@ def is_folded(folder: Path) -> bool:
 
 def foldable(model: Any) -> str | None:
     """Return why a temperature cannot be folded into this model, or None."""
-    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
-        return f"{type(model).__name__} caps its logits after the output layer (final_logit_softcapping)"
+    cap = OutputLayer.of(model).soft_cap
+    if cap:
+        return f"{type(model).__name__} caps its logits after the output layer (at {cap:g})"
     if final_norm(model) is None:
         return f"{type(model).__name__} has no norm before its output layer"
     return None

@@ -49,10 +49,8 @@ class OutputLayer:
         scale = 1.0
         for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
             scale *= _number(config, name) or 1.0
-        divisor = _number(config, "logits_scaling") or 1.0
-        scale *= (
-            divisor if config.model_type == "hyperclovax" else 1 / divisor
-        )  # Granite divides by it, HyperCLOVA X does not
+        scaling = _number(config, "logits_scaling") or 1.0  # HyperCLOVA X multiplies by it, Granite divides
+        scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
         caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
         cap = next((found for name in caps if (found := _number(config, name))), None)
         return cls(weight.detach(), getattr(layer, "bias", None), scale, cap)

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 from http_server import Server
-from serving_folders import ENVIRONMENT, NEW_TOKENS, PARITY, ROOT, STORIES, heads_folder, prompt_ids, random_model
+from serving_folders import (
+    ENVIRONMENT,
+    NEW_TOKENS,
+    PAGING,
+    PARITY,
+    ROOT,
+    STORIES,
+    bfloat16_prompts,
+    heads_folder,
+    paging_prompts,
+    prompt_ids,
+    random_model,
+)
 
 from llmrl.vllm_compat import vllm_build, why_no_vllm
 
@@ -42,6 +54,12 @@ def reward_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def transformer_head(tmp_path_factory):
+    """A transformer temperature head on the real pretrained model."""
+    return heads_folder(STORIES, tmp_path_factory.mktemp("served") / "block", architecture="transformer", seed=5)
+
+
+@pytest.fixture(scope="session")
 def parity_folders(tmp_path_factory):
     """Name -> (folder, its base)."""
     folders = {}
@@ -63,6 +81,11 @@ def in_process_started(request, tmp_path_factory):
     tasks = {name: {"kind": "parity", "folder": str(f), **common} for name, (f, _) in get("parity_folders").items()}
     tasks["classes"] = {"kind": "classes", "architectures": sorted({a for a, _, _ in PARITY.values()})}
     tasks["reward"] = {"kind": "reward", "folder": str(get("reward_folder")), "prompts": get("prompts")}
+    for name, blocks in PAGING.items():
+        task = {"kind": "paging", "folder": str(get("parity_folders")[name][0]), "blocks": blocks}
+        tasks[f"paging-{name}"] = task | {"prompts": paging_prompts(), "new_tokens": NEW_TOKENS}
+    task = {"kind": "bfloat16", "folder": str(get("transformer_head"))}
+    tasks["bfloat16"] = task | {"prompts": bfloat16_prompts(), "new_tokens": NEW_TOKENS}
     tasks["reload"] = {
         "kind": "reload",
         "folder": str(get("served")),

@@ -27,16 +27,25 @@ SMALL = {
     "max_num_seqs": 8,
     "disable_log_stats": True,
 }
+# a step takes fewer tokens than a prompt has; prefixes are kept in blocks of 32
+PAGED = SMALL | {"block_size": 32, "max_num_batched_tokens": 24, "enable_prefix_caching": True}
 
 
-def generate(llm, prompts, new_tokens):
-    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, prompt_logprobs=0, logprobs=0, ignore_eos=True)
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling, use_tqdm=False)
+def outputs_of(llm, prompts, new_tokens, **options):
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, **options)
+    return llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling, use_tqdm=False)
+
+
+def generate(llm, prompts, new_tokens, prompt_logprobs=0):
+    outputs = outputs_of(llm, prompts, new_tokens, prompt_logprobs=prompt_logprobs, logprobs=0)
     return [
         {
             "ids": list(o.outputs[0].token_ids),
-            "prompt_logprobs": [s[t].logprob for t, s in zip(ids[1:], o.prompt_logprobs[1:], strict=True)],
+            "prompt_logprobs": [
+                s[t].logprob for t, s in zip(ids[1:], (o.prompt_logprobs or [])[1:], strict=prompt_logprobs is not None)
+            ],
             "logprobs": [s[t].logprob for t, s in zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True)],
+            "cached": o.num_cached_tokens,
         }
         for ids, o in zip(prompts, outputs, strict=True)
     ]
@@ -46,6 +55,67 @@ def parity(task):
     llm = LLM(task["folder"], **SMALL)
     answers = generate(llm, task["prompts"], task["new_tokens"])
     return {"answers": answers, "attention": [*llm.llm_engine.vllm_config.compilation_config.static_forward_context]}
+
+
+def paging(task):
+    """Prompts in chunks, out of the prefix cache, and with too few blocks for all of them; every step as scheduled."""
+    llm = LLM(task["folder"], num_gpu_blocks_override=task["blocks"], **PAGED)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    long, branch, *_ = task["prompts"]
+    answers, steps = {}, []
+
+    def run(name, prompts, **options):
+        with patch.object(scheduler, "schedule", recorded(scheduler.schedule, steps)):
+            found = generate(llm, prompts, task["new_tokens"], **options)
+        scheduled = [list(step.num_scheduled_tokens.values()) for step in steps]
+        preempted = sum(len(step.preempted_req_ids or ()) for step in steps)
+        answers[name] = {"answers": found, "scheduled": scheduled, "preempted": preempted}
+        steps.clear()
+
+    run("chunked", [long])
+    llm.reset_prefix_cache()
+    # a request for prompt logprobs does not read the prefix cache
+    run("first", [long], prompt_logprobs=None)
+    run("again", [long], prompt_logprobs=None)
+    run("branch", [branch], prompt_logprobs=None)
+    llm.reset_prefix_cache()
+    run("crowded", task["prompts"])
+    llm.reset_prefix_cache()
+    run("crowded_without_prompt_logprobs", task["prompts"], prompt_logprobs=None)
+    return answers
+
+
+def recorded(function, results):
+    def record(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return record
+
+
+def bfloat16(task):
+    """Answers, and of each prompt: the base's last hidden states and tau of the new tokens, as the logprobs show it."""
+    llm = LLM(task["folder"], **PAGED | {"dtype": "bfloat16"})
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    answers = {"answers": generate(llm, task["prompts"], task["new_tokens"]), "hidden": [], "tau": []}
+    for ids in task["prompts"]:
+        hidden, logits = [], []
+        llm.reset_prefix_cache()
+        with (
+            patch.object(model.model, "forward", recorded(model.model.forward, hidden)),
+            patch.object(model.logits_processor, "forward", recorded(model.logits_processor.forward, logits)),
+        ):
+            (output,) = outputs_of(llm, [ids], task["new_tokens"], logprobs=20)
+        of_new_tokens = zip(logits[-task["new_tokens"] :], output.outputs[0].logprobs, strict=True)
+        answers["tau"].append([log_scale(row[0], found) for row, found in of_new_tokens])
+        answers["hidden"].append(torch.cat(hidden).tolist())
+    return answers
+
+
+def log_scale(logits, found):
+    """Return log of what the base's logits were multiplied by, from the two farthest of vLLM's top logprobs."""
+    low, *_, high = sorted(found, key=lambda token: found[token].logprob)
+    return ((found[high].logprob - found[low].logprob) / (logits[high].float() - logits[low].float())).log().item()
 
 
 def reward(task):

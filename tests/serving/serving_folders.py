@@ -49,6 +49,9 @@ PARITY = {
     "gemma2-transformer": ("Gemma2ForCausalLM", False, TRANSFORMER | BESIDE),
     "gemma3-transformer": ("Gemma3ForCausalLM", False, TRANSFORMER | MERGED),
 }
+# of these the second has a sliding window, which vLLM keeps apart from a head that sees everything; with the number of
+# cache blocks: enough for the longest prompt, not for all of `paging_prompts`
+PAGING = {"llama-transformer": 7, "mistral-transformer": 12}
 
 
 def prompt_ids():
@@ -56,6 +59,18 @@ def prompt_ids():
 
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
+
+
+def paging_prompts():
+    """Return random prompts: three chunks and more; its first 64 ids and others; shorter ones."""
+    generator = torch.Generator().manual_seed(7)
+    draw = [torch.randint(3, 512, (size,), generator=generator).tolist() for size in (90, 20, 60, 5, 33)]
+    return [draw[0], draw[0][:64] + draw[1], *draw[2:]]
+
+
+def bfloat16_prompts():
+    """Return a text of more than one chunk, and prompts of one token, where attention has one thing to see."""
+    return [prompt_ids()[0] + prompt_ids()[1][1:], *([token] for token in (1, 5, 50, 300, 403))]
 
 
 def random_model(architecture, folder, *, shards=False):

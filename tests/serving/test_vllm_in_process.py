@@ -4,7 +4,18 @@ import re
 
 import pytest
 import torch
-from serving_folders import NEW_TOKENS, PARITY, STORIES, assert_agrees, expected, largest_difference, token_logprobs
+from serving_folders import (
+    NEW_TOKENS,
+    PAGING,
+    PARITY,
+    STORIES,
+    assert_agrees,
+    bfloat16_prompts,
+    expected,
+    largest_difference,
+    paging_prompts,
+    token_logprobs,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -26,6 +37,88 @@ def test_attention_of_a_head_comes_after_the_bases_layers(name, in_process):
     layers = {int(re.search(r"\.(\d+)\.", path)[1]): path for path in answer_of(in_process, name)["attention"]}
     assert sorted(layers) == [0, 1, 2]
     assert [number for number, path in layers.items() if "llmrl_heads" in path] == [2]
+
+
+@pytest.fixture(scope="module")
+def paging_expected(parity_folders):
+    return {name: expected(*parity_folders[name], paging_prompts()) for name in PAGING}
+
+
+def some(wanted, *indices):
+    return {key: [rows[i] for i in indices] for key, rows in wanted.items()}
+
+
+def assert_continuations_agree(found, wanted):
+    """As `assert_agrees`, for requests without prompt logprobs: only those are answered out of the prefix cache."""
+    assert [answer["ids"] for answer in found] == wanted["greedy"]
+    found = [answer["logprobs"] for answer in found]
+    assert largest_difference(found, [row[-NEW_TOKENS:] for row in wanted["logprobs"]]) < 1e-3
+    assert largest_difference(found, [row[-NEW_TOKENS:] for row in wanted["base_logprobs"]]) > 0.3
+
+
+@pytest.mark.parametrize("name", PAGING)
+def test_prompt_in_chunks_agrees_with_transformers(name, in_process, paging_expected):
+    run = answer_of(in_process, f"paging-{name}")["chunked"]
+    assert run["scheduled"] == [[24], [24], [24], [18]] + [[1]] * (NEW_TOKENS - 1)
+    assert_agrees(run["answers"], some(paging_expected[name], 0))
+
+
+@pytest.mark.parametrize("name", PAGING)
+def test_prompt_out_of_the_prefix_cache_agrees_with_transformers(name, in_process, paging_expected):
+    runs = answer_of(in_process, f"paging-{name}")
+    first, again, branch = (runs[run]["answers"] for run in ("first", "again", "branch"))
+    # whole blocks of 32: two of the 90 ids, and the two that the other prompt shares
+    assert [answer["cached"] for answer in first + again + branch] == [0, 64, 64]
+    assert runs["again"]["scheduled"][:2] == [[24], [2]]
+    for answers, index in ((first, 0), (again, 0), (branch, 1)):
+        assert_continuations_agree(answers, some(paging_expected[name], index))
+
+
+@pytest.mark.parametrize("name", PAGING)
+def test_requests_that_crowd_each_other_out_agree_with_transformers(name, in_process, paging_expected):
+    """Prefill and decode in the same steps; requests that lose their cache blocks and begin again."""
+    runs = answer_of(in_process, f"paging-{name}")
+    with_prompt, without = runs["crowded"], runs["crowded_without_prompt_logprobs"]
+    for run in (with_prompt, without):
+        assert any(1 in step and max(step) > 1 for step in run["scheduled"])
+        assert run["preempted"] > 0
+    assert_agrees(with_prompt["answers"], paging_expected[name])
+    assert_continuations_agree(without["answers"], paging_expected[name])
+
+
+def test_bfloat16_agrees_with_transformers_in_bfloat16(in_process, transformer_head):
+    """Two programs round a base to 8 bits in different orders: about 0.02 a logprob. The head's effect is larger."""
+    from transformers import AutoModelForCausalLM
+
+    text, answer = bfloat16_prompts()[0], answer_of(in_process, "bfloat16")["answers"][0]
+    found = torch.tensor(answer["prompt_logprobs"] + answer["logprobs"])
+    differences = {}
+    for folder in (transformer_head, STORIES):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        differences[folder] = (found - torch.tensor(token_logprobs(model, text + answer["ids"]))).abs()
+    assert differences[transformer_head].max() < 0.2
+    assert differences[transformer_head].mean() < 0.04
+    assert differences[STORIES].mean() > 0.5
+
+
+def test_bfloat16_tau_is_the_heads_on_the_same_hidden_states(in_process, transformer_head):
+    """No rounding of the base is in it: attention alone is done in bfloat16, and over one key it is exact."""
+    from transformers import AutoModelForCausalLM
+
+    head = AutoModelForCausalLM.from_pretrained(transformer_head).llmrl_heads["temperature"]
+    answer = answer_of(in_process, "bfloat16")
+    differences, at_first = [], []
+    for ids, hidden, found in zip(bfloat16_prompts(), answer["hidden"], answer["tau"], strict=True):
+        assert len(hidden) == len(ids) + NEW_TOKENS - 1
+        with torch.inference_mode():
+            tau = head(torch.tensor([hidden], dtype=torch.bfloat16))[0, -NEW_TOKENS:, 0]
+        differences.append((torch.tensor(found) - tau).abs())
+        if len(ids) == 1:
+            at_first.append(differences[-1][0])
+    assert max(at_first) < 1e-5
+    differences = torch.cat(differences)
+    assert differences.max() < 0.01
+    assert differences.mean() < 0.002
 
 
 def test_classify_gives_the_reward_heads_numbers(in_process, reward_folder, prompts):
