@@ -108,7 +108,7 @@ def _for_folder(config: CalibrateConfig, folder: Path, spec: HeadsConfig, rows: 
                 raise UsageError(f"--{name} has no meaning here: {folder} was not fitted on answers (--on_policy)")
         return config
     if not any("answers" in row.fields for row in rows) or any("choices" in row.fields for row in rows):
-        other = next(row for row in rows if "answers" not in row.fields)
+        other = next((row for row in rows if "answers" not in row.fields or "choices" in row.fields), rows[0])
         raise DataError(
             f"{folder} was fitted on the model's own graded answers (--on_policy), and {other.where} is no question it can "
             "answer: give rows with 'question' and 'answers'"
