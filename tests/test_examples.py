@@ -3,9 +3,12 @@
 import importlib.util
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import REPO
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -16,7 +19,7 @@ def example(monkeypatch):
     def load(name):
         spec = importlib.util.spec_from_file_location(name, REPO / "examples" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(__import__("sys").modules, name, module)
+        monkeypatch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
         return module
 
