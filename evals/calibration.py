@@ -43,6 +43,7 @@ TARGET_ERRORS = (
     0.2,
     0.3,
 )  # thresholds come from validation, which chose epochs too: the test error is what counts
+PAIRED = ("ece", "smooth_ece", "nll", "brier")
 HOW_TO_READ = (
     'Held-out scores, means over seeds (each another split and fit). "against": in how many seeds the paired 95% interval of '
     "the difference lies below (+) or above (-) that scalar's; lower is better. `isotonic` and `scaling-binning` map the "
@@ -299,6 +300,23 @@ def selective(result: Any) -> dict[str, Any]:
     return {"risk_coverage": curves, "thresholds": thresholds}
 
 
+def _slim(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what is published: no curves, paired differences of the main scores only, six digits."""
+    kept = {key: value for key, value in record.items() if key not in ("reliability", "risk_coverage")}
+    kept["differences"] = {
+        pair: {metric: scores[metric] for metric in PAIRED} for pair, scores in record["differences"].items()
+    }
+    return _rounded(kept)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
 def main(argv: list[str]) -> int:
     """Measure, print a summary, write JSON and plots; return the exit code."""
     config = parse_config(
@@ -320,10 +338,7 @@ def main(argv: list[str]) -> int:
     options = {
         key: value for key, value in to_flat(config).items() if not key.endswith("_dir") and key != "overtrained"
     }
-    slim = {
-        name: [{k: v for k, v in record.items() if k not in ("reliability", "risk_coverage")} for record in seeds]
-        for name, seeds in records.items()
-    }
+    slim = {name: [_slim(record) for record in seeds] for name, seeds in records.items()}
     write_json(output / "calibration.json", {"options": options, "results": slim, "environment": environment()})
     shown = table(records)
     (output / "calibration.md").write_text(f"# Calibration\n\n{HOW_TO_READ}\n\n{shown}\n", encoding="utf-8")

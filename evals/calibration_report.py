@@ -128,7 +128,7 @@ def _plot_scores(records: Records, metric: str, path: Path) -> Path:
     from matplotlib import pyplot
 
     rows = -(-len(records) // 3)
-    figure, axes = pyplot.subplots(rows, 3, figsize=(13, 3.3 * rows), squeeze=False)
+    figure, axes = pyplot.subplots(rows, 3, figsize=(13, 3.5 * rows), squeeze=False)
     for axis in axes.flat[len(records) :]:
         axis.set_axis_off()
     for axis, (name, seeds) in zip(axes.flat, records.items(), strict=False):
@@ -141,7 +141,7 @@ def _plot_scores(records: Records, metric: str, path: Path) -> Path:
                 axis.plot([score["low"], score["high"]], [y, y], color=_colour(method), alpha=0.5, linewidth=1.5)
                 axis.plot([score["value"]], [y], "o", color=_colour(method), markersize=3.5)
         size = f"{seeds[0]['tokens']['test']:,} {seeds[0]['level']}s"
-        axis.set_title(f"{name}: {size}; uncalibrated {mean_score(seeds, NONE, metric):.3f}", fontsize=9)
+        axis.set_title(f"{name}\n{size}; uncalibrated {mean_score(seeds, NONE, metric):.3f}", fontsize=9)
         axis.set_yticks(range(len(methods)), methods)
         axis.set_xlim(left=0 if metric == "ece" else None)
         axis.grid(axis="x", alpha=0.3)

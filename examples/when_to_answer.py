@@ -52,6 +52,7 @@ def write_questions() -> tuple[Path, Path]:
         text, answer = question(numbers)
         found[text] = answer
     rows = [json.dumps({"question": text, "answers": [answer]}) + "\n" for text, answer in found.items()]
+    numbers.shuffle(rows)  # there are few questions of some kinds, and all of them come early
     FOLDER.mkdir(parents=True, exist_ok=True)
     paths = FOLDER / "questions.jsonl", FOLDER / "new.jsonl"
     for path, part in zip(paths, (rows[:ASKED], rows[ASKED:]), strict=True):
