@@ -47,7 +47,7 @@ demo: setup  ## calibrate a real released model on real text, reload it, generat
 	@$(BIN)/python examples/calibrate_and_serve.py
 
 test: setup lint  ## lint, types, and all tests, in two processes
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 lint: setup  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .

@@ -3,7 +3,9 @@
     python recipes/overtrained_lm.py --data_dir DATA --output_dir runs/overtrained_lm
     python evals/calibration.py --data_dir DATA --overtrained runs/overtrained_lm --output_dir evals/results
 
-DATA is laid out as recipes/tiny_lm_data.py says. What is measured (`--only` names some of it):
+DATA holds `esconv/*.jsonl.gz` (rows with `turns` of `role` and `text`), `triviaqa/questions.jsonl.gz` (`question`, `answers`)
+and `mmlu/test.jsonl.gz` (`question`, `choices`, `answer`); they are not in this repository. What is measured (`--only` names
+some of it):
 
     text            stories260k on four kinds of text, blocks dealt to fit, validation and test
     text-drift      the same, fitted on the beginning of each text, tested on its end
@@ -45,10 +47,10 @@ TARGET_ERRORS = (
 )  # thresholds come from validation, which chose epochs too: the test error is what counts
 PAIRED = ("ece", "smooth_ece", "nll", "brier")
 HOW_TO_READ = (
-    'Held-out scores, means over seeds (each another split and fit). "against": in how many seeds the paired 95% interval of '
-    "the difference lies below (+) or above (-) that scalar's; lower is better. `isotonic` and `scaling-binning` map the "
-    "top confidence alone; `vector` changes the answers; `ats-shuffled` is a control, `oracle-group` a bound that is fitted on "
-    "the test slice."
+    "Held-out scores, means over seeds (each another fit, and another split but for text-drift and the test slice of "
+    'text-unseen). "against": in how many seeds the paired 95% interval of the difference lies below (+) or above (-) that '
+    "scalar's; lower is better. `isotonic` and `scaling-binning` map the top confidence alone; `vector` changes the answers; "
+    "`ats-shuffled` is a control, `oracle-group` a bound that is fitted on the test slice."
 )
 
 

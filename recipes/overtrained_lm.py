@@ -4,9 +4,9 @@
 
 DATA holds `triviaqa/questions.jsonl.gz` and `mmlu/test.jsonl.gz`. Each set is dealt by a hash of the question into three parts
 of about a third: `known` is trained on with the right answer, `noisy` with the right one in every second question and a wrong
-one otherwise, `unseen` not at all. After many epochs the model is as sure of a wrong answer as of a right one, so what is known
-has to be told from what is not by something else than its confidence. `strata.jsonl` in the output folder has the questions of
-all parts with the right answers: the data of evals/calibration.py.
+one otherwise, `unseen` not at all here (tiny_lm has read most of the TriviaQA questions). After many epochs the model is as
+sure of a wrong answer as of a right one, so what is known has to be told from what is not by something other than confidence.
+`strata.jsonl` in the output folder has the questions of all parts with the right answers: the data of evals/calibration.py.
 
 Finished epochs lie in checkpoints; a killed run goes on with `--resume_from_checkpoint`.
 """

@@ -42,12 +42,17 @@ _ARCHITECTURES = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """For pytest-xdist: folders that share a vLLM stay in one process, of the others each file does."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder in _ONE_PROCESS else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With pytest-xdist, folders that share a vLLM stay in one process; of the others each file does."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = Path(nodeid.split("::")[0])
+            return path.parent.name if path.parent.name in _ONE_PROCESS else str(path)
+
+    return ByFolder(config, log)
 
 
 @pytest.fixture(scope="session")

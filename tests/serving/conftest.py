@@ -10,12 +10,14 @@ import pytest
 from http_server import Server
 from serving_folders import (
     ENVIRONMENT,
+    FITTED,
     NEW_TOKENS,
     PAGING,
     PARITY,
     ROOT,
     STORIES,
     bfloat16_prompts,
+    fitted_folder,
     heads_folder,
     paging_prompts,
     prompt_ids,
@@ -66,6 +68,9 @@ def parity_folders(tmp_path_factory):
     for name, (architecture, shards, options) in PARITY.items():
         base = random_model(architecture, tmp_path_factory.mktemp("bases") / name, shards=shards)
         folders[name] = (heads_folder(base, tmp_path_factory.mktemp("heads") / name, seed=5, **options), base)
+    for name, (architecture, options) in FITTED.items():
+        base = random_model(architecture, tmp_path_factory.mktemp("bases") / name)
+        folders[name] = (fitted_folder(base, tmp_path_factory.mktemp("heads") / name, *options), base)
     return folders
 
 

@@ -49,6 +49,14 @@ PARITY = {
     "gemma2-transformer": ("Gemma2ForCausalLM", False, TRANSFORMER | BESIDE),
     "gemma3-transformer": ("Gemma3ForCausalLM", False, TRANSFORMER | MERGED),
 }
+# the whole way of the command on each family: fitted, saved, opened, generating, served
+FITTED = {
+    "llama-fitted": ("LlamaForCausalLM", ()),
+    "qwen2-fitted": ("Qwen2ForCausalLM", ("--merge",)),
+    "qwen3-fitted": ("Qwen3ForCausalLM", ()),
+    "mistral-fitted": ("MistralForCausalLM", ("--merge",)),
+    "gemma2-fitted": ("Gemma2ForCausalLM", ()),
+}
 # of these the second has a sliding window, which vLLM keeps apart from a head that sees everything; with the number of
 # cache blocks: enough for the longest prompt, not for all of `paging_prompts`
 PAGING = {"llama-transformer": 7, "mistral-transformer": 12}
@@ -129,6 +137,27 @@ def heads_folder(base, folder, *, kind="temperature", architecture="linear", out
     )
     folder.mkdir(parents=True)
     save_heads_folder(folder, nn.ModuleDict({kind: head}), config, opened.tokenizer, opened.folder)
+    return folder
+
+
+def fitted_folder(base, folder, *options):
+    """Let `llmrl calibrate` write a folder with a transformer head that was fitted on a little text."""
+    from llmrl.cli import main
+
+    texts = sorted(str(path) for path in (ROOT / "examples" / "text").glob("*.gz"))
+    sizes = ["--max_length", "65", "--max_tokens", "2500", "--bootstrap_draws", "20"]
+    argv = [
+        "calibrate",
+        str(base),
+        "--data",
+        *texts,
+        "--output_dir",
+        str(folder),
+        "--method",
+        "ats-transformer",
+        "--quiet",
+    ]
+    assert main([*argv, *sizes, *options]) == 0
     return folder
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from serving_folders import (
+    FITTED,
     NEW_TOKENS,
     PAGING,
     PARITY,
@@ -25,10 +26,26 @@ def answer_of(in_process, name):
     return in_process[name]["answer"]
 
 
-@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize("name", [*PARITY, *FITTED])
 def test_llm_agrees_with_transformers(name, in_process, parity_folders, prompts):
     folder, base = parity_folders[name]
     assert_agrees(answer_of(in_process, name)["answers"], expected(folder, base, prompts))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_generate_of_a_fitted_folder_is_what_vllm_says(name, in_process, parity_folders, prompts):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(parity_folders[name][0], attn_implementation="eager").eval()
+    assert model.llmrl_heads["temperature"].spec.architecture == "transformer"
+    model.generation_config.eos_token_id = None  # vLLM was told to go on too
+    for prompt, found in zip(prompts, answer_of(in_process, name)["answers"], strict=True):
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        out = model.generate(torch.tensor([prompt]), output_logits=True, return_dict_in_generate=True, **options)
+        new = out.sequences[0, len(prompt) :]
+        assert new.tolist() == found["ids"]
+        logprobs = torch.cat(out.logits).float().log_softmax(-1).gather(1, new[:, None])[:, 0]
+        assert (logprobs - torch.tensor(found["logprobs"])).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name in PARITY if name.endswith("-transformer")])
