@@ -39,7 +39,7 @@ class CalibratedConfig({architecture}.config_class):
         return super().from_dict({{**config_dict, "model_type": "{model_type}"}}, **kwargs)
 
     def save_pretrained(self, *args, **kwargs):
-        raise NotImplementedError("saving needs llmrl: import llmrl, and load without trust_remote_code")
+        raise RuntimeError("saving needs llmrl: import llmrl, and load without trust_remote_code")
 
 
 class CalibratedForCausalLM(LogitsHeadsMixin, {architecture}):

@@ -154,3 +154,25 @@ def save_head():
         return heads
 
     return save
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_model):
+    """Folder of the tiny Llama."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def head_folders(llama, save_head, tmp_path_factory):
+    """The three kinds of folder for one base: head only, merged, and merged from a base in several files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    root = tmp_path_factory.mktemp("head_folders")
+    shards = root / "base-shards"
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(shards, max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(shards)
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    heads = save_head(llama, root / "head")
+    save_head(llama, root / "merged", merged=True)
+    save_head(shards, root / "sharded", merged=True)
+    return {"head": root / "head", "merged": root / "merged", "sharded": root / "sharded", "heads": heads}

@@ -1,128 +1,19 @@
 import copy
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from modeling_support import IDS, bare, load, logits_of, multiplier
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import llmrl.modeling as modeling
 from llmrl.errors import HeadMismatchError, ModelError
 from llmrl.fingerprints import fingerprint_weights
 from llmrl.heads import HEADS_FILE, HeadsConfig, HeadSpec, build_heads
 from llmrl.modeling import LlmrlConfig, model_class_for, read_heads_config, save_heads_folder
-
-IDS = torch.randint(3, 500, (2, 14), generator=torch.Generator().manual_seed(1))
-
-
-def load(folder, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
-
-
-def bare(folder, **kwargs):
-    """The base, attending as its heads' model does: eagerly where attention logits are capped."""
-    capped = json.loads((folder / "config.json").read_text()).get("attn_logit_softcapping")
-    return load(folder, **({"attn_implementation": "eager"} if capped else {}), **kwargs)
-
-
-def logits_of(model, ids=IDS, **kwargs):
-    with torch.inference_mode():
-        return model(input_ids=ids, **kwargs).logits
-
-
-def multiplier(base, head, ids=IDS, **kwargs):
-    """exp(clip(w.h + b)) in float64 from the base's own last hidden states."""
-    with torch.inference_mode():
-        hidden = base(input_ids=ids, output_hidden_states=True, **kwargs).hidden_states[-1].double()
-    tau = hidden @ head.weight[0].double() + head.bias.double()
-    return tau.clamp(-3.0, 2.302585092994046).exp()[..., None]
-
-
-@pytest.fixture(scope="module")
-def llama(tiny_model):
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def folders(llama, save_head, tmp_path_factory):
-    """The three kinds of folder for one base: head only, merged, and merged from a base in several files."""
-    root = tmp_path_factory.mktemp("folders")
-    shards = root / "base-shards"
-    load(llama).save_pretrained(shards, max_shard_size="60KB")
-    AutoTokenizer.from_pretrained(llama).save_pretrained(shards)
-    assert len(list(shards.glob("*.safetensors"))) > 2
-    heads = save_head(llama, root / "head")
-    save_head(llama, root / "merged", merged=True)
-    save_head(shards, root / "sharded", merged=True)
-    return {"head": root / "head", "merged": root / "merged", "sharded": root / "sharded", "heads": heads}
-
-
-FRESH = """
-import sys, json, pickle
-order, out, head, merged, sharded, pickled = sys.argv[1:]
-if order == "llmrl first":
-    import llmrl
-    import importlib.util
-    assert "torch" not in sys.modules and "transformers" not in sys.modules
-    importlib.util.find_spec("transformers.models.auto.configuration_auto")  # looking is not importing
-    from transformers import AutoConfig
-    assert type(AutoConfig.from_pretrained(head)).__name__ == "LlmrlLlamaConfig"
-from transformers import AutoModelForCausalLM
-if order == "transformers first":
-    AutoModelForCausalLM
-    import llmrl
-if order == "never":
-    try:
-        AutoModelForCausalLM.from_pretrained(head)
-    except ValueError as error:
-        message = str(error)
-    config = pickle.load(open(pickled, "rb"))
-    from llmrl.modeling import read_heads_config
-    json.dump({"message": message, "config": config.to_dict(), "class": type(config).__name__}, open(out, "w"))
-else:
-    import torch
-    from safetensors.torch import save_file
-    ids = torch.randint(3, 500, (2, 14), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        save_file({f: AutoModelForCausalLM.from_pretrained(f).eval()(ids).logits for f in (head, merged, sharded)}, out)
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh_processes(folders, tmp_path_factory):
-    """Programs that import the two libraries in each order, or llmrl not at all; started first, waited for last."""
-    root = tmp_path_factory.mktemp("fresh")
-    pickled = root / "config.pickle"
-    pickled.write_bytes(pickle.dumps(load(folders["merged"]).config))
-    started = {}
-    for order in ("llmrl first", "transformers first", "never"):
-        out = root / f"{order.split()[0]}.out"
-        arguments = [order, out, folders["head"], folders["merged"], folders["sharded"], pickled]
-        process = subprocess.Popen(
-            [sys.executable, "-c", FRESH, *map(str, arguments)],
-            env=dict(os.environ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started[order] = (process, out)
-    yield started
-    for process, _ in started.values():
-        process.kill()
-        process.wait()
-
-
-def finish(started):
-    process, out = started
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return out
-
 
 # --- logits -----------------------------------------------------------------------------------------------------------
 
@@ -148,24 +39,24 @@ def test_from_pretrained_unfitted_head_is_the_base_bit_for_bit(dtype, any_model,
     assert found.equal(logits_of(bare(any_model, dtype=dtype)).float())
 
 
-def test_from_pretrained_bfloat16_keeps_the_head_in_float32(llama, folders):
-    base, model = load(llama, dtype=torch.bfloat16), load(folders["merged"], dtype=torch.bfloat16)
+def test_from_pretrained_bfloat16_keeps_the_head_in_float32(llama, head_folders):
+    base, model = load(llama, dtype=torch.bfloat16), load(head_folders["merged"], dtype=torch.bfloat16)
     head = model.llmrl_heads["temperature"]
     assert head.weight.dtype == torch.float32
-    assert head.weight.equal(folders["heads"]["temperature"].weight)
+    assert head.weight.equal(head_folders["heads"]["temperature"].weight)
     assert next(model.model.parameters()).dtype == torch.bfloat16
     expected = logits_of(base).double() * multiplier(base, head)
     torch.testing.assert_close(logits_of(model).double(), expected, rtol=1e-4, atol=1e-4)
     assert logits_of(model).argmax(-1).equal(logits_of(base).argmax(-1))
 
 
-def test_forward_logits_to_keep(llama, folders):
-    model = load(folders["head"])
+def test_forward_logits_to_keep(llama, head_folders):
+    model = load(head_folders["head"])
     torch.testing.assert_close(logits_of(model, logits_to_keep=1), logits_of(model)[:, -1:])
 
 
-def test_forward_positional_arguments_and_tuple(folders):
-    model = load(folders["head"])
+def test_forward_positional_arguments_and_tuple(head_folders):
+    model = load(head_folders["head"])
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
     with torch.inference_mode():
@@ -190,12 +81,12 @@ def test_forward_loss_is_cross_entropy_of_the_calibrated_logits(name, tiny_model
     assert output.logits.equal(logits_of(model))
 
 
-def test_from_pretrained_copies_are_independent(folders):
-    model = load(folders["head"])
+def test_from_pretrained_copies_are_independent(head_folders):
+    model = load(head_folders["head"])
     twin = copy.deepcopy(model)
     twin.llmrl_heads["temperature"].bias.fill_(-1.0)
     assert not logits_of(twin).equal(logits_of(model))
-    torch.testing.assert_close(logits_of(model), logits_of(load(folders["head"])))
+    torch.testing.assert_close(logits_of(model), logits_of(load(head_folders["head"])))
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -213,8 +104,8 @@ def test_generate_greedy_ids_are_the_bases(any_model, save_head, tmp_path):
     assert generate(load(tmp_path)).sequences.equal(generate(bare(any_model)).sequences)
 
 
-def test_generate_greedy_ids_are_the_bases_in_bfloat16(llama, folders):
-    base, model = load(llama, dtype=torch.bfloat16), load(folders["head"], dtype=torch.bfloat16)
+def test_generate_greedy_ids_are_the_bases_in_bfloat16(llama, head_folders):
+    base, model = load(llama, dtype=torch.bfloat16), load(head_folders["head"], dtype=torch.bfloat16)
     assert generate(model, max_new_tokens=30).sequences.equal(generate(base, max_new_tokens=30).sequences)
 
 
@@ -228,21 +119,21 @@ def test_generate_scores_are_the_calibrated_logits_of_the_whole_text(use_cache, 
         torch.testing.assert_close(score, whole[:, IDS.shape[1] - 1 + step], rtol=1e-4, atol=1e-4)
 
 
-def test_generate_samples_from_the_calibrated_distribution(llama, folders):
-    base, model = load(llama), load(folders["merged"])
+def test_generate_samples_from_the_calibrated_distribution(llama, head_folders):
+    base, model = load(llama), load(head_folders["merged"])
     prompt = IDS[:1, :6].expand(4000, -1)
     torch.manual_seed(0)
     found = generate(model, prompt, do_sample=True, top_k=0, max_new_tokens=1, output_scores=False)
     counts = torch.bincount(found.sequences[:, -1], minlength=512) / 4000
     z = logits_of(base, prompt[:1])[0, -1].double()
-    s = multiplier(base, folders["heads"]["temperature"], prompt[:1])[0, -1]
+    s = multiplier(base, head_folders["heads"]["temperature"], prompt[:1])[0, -1]
     distance = [float((counts - (z * scale).softmax(-1)).abs().sum() / 2) for scale in (s, torch.ones(1))]
     assert distance[0] < 0.14
     assert distance[1] > distance[0] + 0.03
 
 
-def test_generate_left_padding_changes_nothing(folders):
-    model = load(folders["head"])
+def test_generate_left_padding_changes_nothing(head_folders):
+    model = load(head_folders["head"])
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), IDS[:1]], dim=1)
     mask = torch.ones_like(padded)
     mask[:, :5] = 0
@@ -257,20 +148,20 @@ def test_generate_left_padding_changes_nothing(folders):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["head", "merged", "sharded"])
-def test_save_pretrained_and_reload_are_equal(kind, dtype, folders, tmp_path):
-    model = load(folders[kind], dtype=dtype)
+def test_save_pretrained_and_reload_are_equal(kind, dtype, head_folders, tmp_path):
+    model = load(head_folders[kind], dtype=dtype)
     model.save_pretrained(tmp_path)
     again = load(tmp_path, dtype=dtype)
     assert logits_of(again).equal(logits_of(model))
     spec = read_heads_config(tmp_path)
     assert spec.merged
     assert spec.base.weights == fingerprint_weights(tmp_path)
-    assert load_file(tmp_path / HEADS_FILE).keys() == load_file(folders[kind] / HEADS_FILE).keys()
+    assert load_file(tmp_path / HEADS_FILE).keys() == load_file(head_folders[kind] / HEADS_FILE).keys()
     assert type(again).__name__ == "LlmrlLlamaForCausalLM"
 
 
-def test_save_pretrained_in_several_files_lists_the_head_in_the_index(folders, tmp_path):
-    model = load(folders["merged"])
+def test_save_pretrained_in_several_files_lists_the_head_in_the_index(head_folders, tmp_path):
+    model = load(head_folders["merged"])
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert index["llmrl_heads.temperature.weight"] == HEADS_FILE
@@ -286,10 +177,10 @@ def test_save_pretrained_tied_and_other_layouts(name, tiny_model, save_head, tmp
     assert logits_of(load(tmp_path / "again")).equal(logits_of(model))
 
 
-def test_save_heads_folder_merged_weights_are_the_bases_byte_for_byte(llama, folders):
-    assert (folders["merged"] / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
-    assert not (folders["head"] / "model.safetensors").exists()
-    index = json.loads((folders["sharded"] / "model.safetensors.index.json").read_text())["weight_map"]
+def test_save_heads_folder_merged_weights_are_the_bases_byte_for_byte(llama, head_folders):
+    assert (head_folders["merged"] / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+    assert not (head_folders["head"] / "model.safetensors").exists()
+    index = json.loads((head_folders["sharded"] / "model.safetensors.index.json").read_text())["weight_map"]
     assert {file for name, file in index.items() if name.startswith("llmrl_heads.")} == {HEADS_FILE}
 
 
@@ -316,8 +207,8 @@ def test_save_heads_folder_architecture_tells_vllm_what_to_serve(llama, tmp_path
     assert logits_of(load(tmp_path / "reward")).equal(logits_of(load(llama)))
 
 
-def test_config_survives_auto_config_pickle_and_saving(folders, tmp_path):
-    config = AutoConfig.from_pretrained(folders["merged"])
+def test_config_survives_auto_config_pickle_and_saving(head_folders, tmp_path):
+    config = AutoConfig.from_pretrained(head_folders["merged"])
     assert type(config).__name__ == "LlmrlLlamaConfig"
     assert config.model_type == "llama"
     assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
@@ -343,9 +234,9 @@ def test_from_pretrained_wrong_base_weights(llama, save_head, tmp_path):
         load(tmp_path / "head")
 
 
-def test_from_pretrained_merged_folder_whose_weights_changed(folders, tmp_path):
-    shutil.copytree(folders["merged"], tmp_path / "merged")
-    model = load(folders["merged"])
+def test_from_pretrained_merged_folder_whose_weights_changed(head_folders, tmp_path):
+    shutil.copytree(head_folders["merged"], tmp_path / "merged")
+    model = load(head_folders["merged"])
     model.lm_head.weight.data += 0.01
     super(modeling.HeadsModelMixin, model).save_pretrained(tmp_path / "other")
     shutil.copyfile(tmp_path / "other/model.safetensors", tmp_path / "merged/model.safetensors")
@@ -394,12 +285,12 @@ def test_from_pretrained_attends_eagerly_where_attention_logits_are_capped(tiny_
         assert not torch.allclose(logits_of(asked), logits_of(model), atol=1e-3)
 
 
-def test_save_heads_folder_dtype_is_the_one_the_heads_were_fitted_in(llama, folders, tmp_path):
-    spec, tokenizer = read_heads_config(folders["merged"]), AutoTokenizer.from_pretrained(llama)
+def test_save_heads_folder_dtype_is_the_one_the_heads_were_fitted_in(llama, head_folders, tmp_path):
+    spec, tokenizer = read_heads_config(head_folders["merged"]), AutoTokenizer.from_pretrained(llama)
     for dtype, name in ((None, "float32"), ("bfloat16", "bfloat16")):
         folder = tmp_path / name
         folder.mkdir()
-        save_heads_folder(folder, folders["heads"], spec, tokenizer, llama, dtype)
+        save_heads_folder(folder, head_folders["heads"], spec, tokenizer, llama, dtype)
         fields = json.loads((folder / "config.json").read_text())
         assert fields["dtype"] == name
         assert "torch_dtype" not in fields
@@ -416,8 +307,8 @@ def test_save_heads_folder_copies_only_the_files_a_loader_reads(llama, save_head
     load(tmp_path / "merged")
 
 
-def test_from_pretrained_without_the_head_file(folders, tmp_path):
-    shutil.copytree(folders["merged"], tmp_path / "merged")
+def test_from_pretrained_without_the_head_file(head_folders, tmp_path):
+    shutil.copytree(head_folders["merged"], tmp_path / "merged")
     (tmp_path / "merged" / HEADS_FILE).unlink()
     with pytest.raises(ModelError, match=r"not found: .*llmrl_heads\.safetensors"):
         load(tmp_path / "merged")
@@ -437,22 +328,3 @@ def test_modeling_makes_classes_by_name_and_no_others():
     assert modeling.LlmrlGPT2Config is modeling.LlmrlGPT2LMHeadModel.config_class
     with pytest.raises(AttributeError):
         _ = modeling.SomethingElse
-
-
-# --- fresh processes --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", ["llmrl first", "transformers first"])
-def test_import_llmrl_in_either_order_teaches_the_auto_classes(order, fresh_processes, llama, folders):
-    found = load_file(finish(fresh_processes[order]))
-    base = load(llama)
-    expected = logits_of(base).double() * multiplier(base, folders["heads"]["temperature"])
-    for kind in ("head", "merged", "sharded"):
-        torch.testing.assert_close(found[str(folders[kind])].double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_transformers_without_llmrl_refuses_and_a_pickled_config_brings_llmrl(fresh_processes, folders):
-    found = json.loads(finish(fresh_processes["never"]).read_text())
-    assert "model type `llmrl`" in found["message"]
-    assert found["class"] == "LlmrlLlamaConfig"
-    assert found["config"]["llmrl"] == load(folders["merged"]).config.llmrl

@@ -18,14 +18,21 @@ from llmrl._version import __version__
 from llmrl.ats.answer_level import check_outcomes
 from llmrl.ats.data import Window, read_rows
 from llmrl.ats.evaluate import SELECTED_BY, SeedResult, fit_and_score
-from llmrl.ats.extract import extract_features
 from llmrl.ats.features import TokenFeatures
 from llmrl.ats.fold import check_foldable, is_folded
 from llmrl.ats.metrics import MIN_CLUSTERS, clusters_of
 from llmrl.ats.options import ALL, AUTO, PAPER, TRANSFORMER, CalibrateConfig
 from llmrl.ats.output_layer import OutputLayer
 from llmrl.ats.plots import reliability_diagram
-from llmrl.ats.prepare import ANSWERS, Prepared, open_base, printer, remove_unfinished, select_windows
+from llmrl.ats.prepare import (
+    ANSWERS,
+    Prepared,
+    open_base,
+    printer,
+    read_features,
+    remove_unfinished,
+    select_windows,
+)
 from llmrl.ats.report import markdown_table, scope, seeds_table, sentences
 from llmrl.ats.save import greedy_prompts, save_and_check
 from llmrl.ats.splits import Split, split_windows
@@ -72,7 +79,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     splits = _splits(config, windows, say)  # too little data is known before the long part
     start = perf_counter()
     try:
-        features = _features(config, base, windows, partial)
+        features = read_features(config, base, windows, partial, sequences=config.needs_sequences)
     finally:
         if is_main_process():
             remove_unfinished(partial)
@@ -128,19 +135,6 @@ def _splits(config: CalibrateConfig, windows: list[Window], say: Any) -> dict[in
         for split in splits.values():
             check_outcomes([bool(windows[i].grade) for i in split.fit])
     return splits
-
-
-def _features(config: CalibrateConfig, base: BaseModel, windows: list[Window], partial: Path) -> TokenFeatures:
-    with progress_bar("features", len(windows), unit="window", quiet=config.quiet) as advance:
-        return extract_features(
-            base.model,
-            windows,
-            batch_size=config.batch_size,
-            cache_dir=partial,
-            fingerprint=f"{base.reference.weights} {base.model.dtype}",
-            sequences=config.needs_sequences,
-            progress=advance,
-        )
 
 
 def _fit_seeds(

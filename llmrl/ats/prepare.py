@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.ats.data import Row, Window, Windows, level_of
+from llmrl.ats.extract import extract_features
+from llmrl.ats.features import TokenFeatures
 from llmrl.ats.options import CalibrateConfig
 from llmrl.ats.splits import duplicate_rows, limit_windows
 from llmrl.ats.windows import make_windows
@@ -96,6 +98,22 @@ def select_windows(
         used = sum(sum(window.scored) for window in windows)
         say(f"using {used:,} of {found.tokens:,} tokens, spread over all files; --max_tokens takes more")
     return Prepared(found, windows, level_of(rows) if answers is None else "answer", answers)
+
+
+def read_features(
+    config: CalibrateConfig, base: BaseModel, windows: list[Window], cache_dir: Path, *, sequences: bool
+) -> TokenFeatures:
+    """Read the windows' features, those in `cache_dir` from there; `sequences` keeps the states of whole windows too."""
+    with progress_bar("features", len(windows), unit="window", quiet=config.quiet) as advance:
+        return extract_features(
+            base.model,
+            windows,
+            batch_size=config.batch_size,
+            cache_dir=cache_dir,
+            fingerprint=f"{base.reference.weights} {base.model.dtype}",
+            sequences=sequences,
+            progress=advance,
+        )
 
 
 def excluded_line(found: Windows) -> str | None:

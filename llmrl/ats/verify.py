@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from llmrl.ats.answer_level import answers_of
-from llmrl.ats.data import Row, Window, read_rows
+from llmrl.ats.data import Row, read_rows
 from llmrl.ats.evaluate import predict
-from llmrl.ats.extract import extract_features
 from llmrl.ats.features import TokenFeatures
 from llmrl.ats.fit_vector import predict_vector
 from llmrl.ats.fold import is_folded
 from llmrl.ats.metrics import Predictions, compare_methods
 from llmrl.ats.options import NONE, CalibrateConfig
 from llmrl.ats.output_layer import OutputLayer
-from llmrl.ats.prepare import ANSWERS, printer, select_windows
+from llmrl.ats.prepare import ANSWERS, printer, read_features, select_windows
 from llmrl.ats.report import markdown_table, scope
 from llmrl.ats.run_heads import head_log_scales
 from llmrl.base_model import BaseModel, load_base, load_tokenizer, reference_for
@@ -34,7 +33,6 @@ from llmrl.heads import HEADS_FILE, HeadsConfig, build_heads, load_head_tensors
 from llmrl.logits_heads import TemperatureHead, VectorHead
 from llmrl.modeling import read_heads_config, read_tensors
 from llmrl.training.distributed import check_processes
-from llmrl.training.tracking import progress_bar
 
 
 def verify(config: CalibrateConfig) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def verify(config: CalibrateConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         answers_in = Path(cache) / ANSWERS if spec.answer_confidence else None
         prepared = select_windows(config, rows, base, say, answers_in)
-        features = _features(config, base, prepared.windows, head, Path(cache))
+        features = read_features(config, base, prepared.windows, Path(cache), sequences=head.reads_sequence)
     found, method = prepared.found, spec.method or "saved"
     predictions = _predictions(base, head, method, features)
     if spec.answer_confidence:
@@ -121,21 +119,6 @@ def _for_folder(config: CalibrateConfig, folder: Path, spec: HeadsConfig, rows: 
             "out, or name the base: llmrl calibrate BASE --verify DIR --data FILE"
         )
     return replace(config, rollout_backend="transformers")
-
-
-def _features(
-    config: CalibrateConfig, base: BaseModel, windows: list[Window], head: TemperatureHead | VectorHead, cache: Path
-) -> TokenFeatures:
-    with progress_bar("features", len(windows), unit="window", quiet=config.quiet) as advance:
-        return extract_features(
-            base.model,
-            windows,
-            batch_size=config.batch_size,
-            cache_dir=cache,
-            fingerprint=base.reference.weights,
-            sequences=head.reads_sequence,
-            progress=advance,
-        )
 
 
 def _predictions(
