@@ -168,17 +168,13 @@ def dialogues(data: Path, work: Path) -> Path:
 
 def made_up(work: Path) -> tuple[Path, ...]:
     """Write the questions of examples/when_to_answer.py, a file for each kind; return the files."""
-    question = runpy.run_path("examples/when_to_answer.py")["question"]
-    numbers, found = random.Random(0), {}
-    while len(found) < MADE_UP:
-        text, answer = question(numbers)
-        found[text] = answer
+    found = runpy.run_path("examples/when_to_answer.py")["questions"](MADE_UP, random.Random(0))
     work.mkdir(parents=True, exist_ok=True)
     paths = []
-    for kind in sorted({text.split()[0].strip(":") for text in found}):
-        rows = [{"question": text, "answers": [a]} for text, a in found.items() if text.startswith(kind)]
+    for kind in sorted({row["question"].split()[0].strip(":") for row in found}):
         paths.append(work / f"made-up-{kind.lower()}.jsonl")
-        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rows = (json.dumps(row) + "\n" for row in found if row["question"].startswith(kind))
+        paths[-1].write_text("".join(rows), encoding="utf-8")
     return tuple(paths)
 
 
@@ -330,7 +326,7 @@ def main(argv: list[str]) -> int:
     from calibration_report import plot, table
 
     from llmrl.commands import quiet_libraries
-    from llmrl.files import write_json
+    from llmrl.files import write_text
     from llmrl.training.run import environment
 
     quiet_libraries(config.quiet)
@@ -341,7 +337,8 @@ def main(argv: list[str]) -> int:
         key: value for key, value in to_flat(config).items() if not key.endswith("_dir") and key != "overtrained"
     }
     slim = {name: [_slim(record) for record in seeds] for name, seeds in records.items()}
-    write_json(output / "calibration.json", {"options": options, "results": slim, "environment": environment()})
+    found = {"options": options, "results": slim, "environment": environment()}
+    write_text(output / "calibration.json", json.dumps(found, allow_nan=False, separators=(",", ":")) + "\n")
     shown = table(records)
     (output / "calibration.md").write_text(f"# Calibration\n\n{HOW_TO_READ}\n\n{shown}\n", encoding="utf-8")
     files = plot(records, output)

@@ -15,6 +15,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from llmrl.commands import run_calibrate
 from llmrl.errors import run_command
@@ -45,13 +46,19 @@ def question(numbers: random.Random) -> tuple[str, str]:
     return f"Count from {start} to {start + more}.", ", ".join(map(str, range(start, start + more + 1)))
 
 
-def write_questions() -> tuple[Path, Path]:
-    """Write two files of questions; none stands in both."""
-    numbers, found = random.Random(0), {}
-    while len(found) < ASKED + NEW:
+def questions(count: int, numbers: random.Random) -> list[dict[str, Any]]:
+    """Return rows of different questions."""
+    found: dict[str, str] = {}
+    while len(found) < count:
         text, answer = question(numbers)
         found[text] = answer
-    rows = [json.dumps({"question": text, "answers": [answer]}) + "\n" for text, answer in found.items()]
+    return [{"question": text, "answers": [answer]} for text, answer in found.items()]
+
+
+def write_questions() -> tuple[Path, Path]:
+    """Write two files of questions; none stands in both."""
+    numbers = random.Random(0)
+    rows = [json.dumps(row) + "\n" for row in questions(ASKED + NEW, numbers)]
     numbers.shuffle(rows)  # there are few questions of some kinds, and all of them come early
     FOLDER.mkdir(parents=True, exist_ok=True)
     paths = FOLDER / "questions.jsonl", FOLDER / "new.jsonl"
