@@ -183,8 +183,13 @@ def patch_cpu_build() -> None:
     """Mend what is broken in vLLM's CPU build, in this process; nothing on other builds. Each worker's process needs it."""
     if vllm_build() == "cpu":
         patch_cpu_lora()
-        after_import("vllm.v1.worker.cpu_model_runner", _rewind_cpu_generators)
+        after_import("vllm.v1.worker.cpu_model_runner", _mend_cpu_runner)
         after_import("vllm.v1.sample.sampler", _count_ranks_uncompiled)
+
+
+def _mend_cpu_runner() -> None:  # one function, as `after_import` runs one a module
+    _rewind_cpu_generators()
+    _score_with_own_adapter()
 
 
 def _rewind_cpu_generators() -> None:
@@ -225,6 +230,42 @@ def _rewind_cpu_generators() -> None:
     CPUModelRunner._sample = sample_and_rewind
     CPUModelRunner._bookkeeping_sync = without_offsets
     CPUModelRunner._llmrl_rewinds = True
+
+
+def _score_with_own_adapter() -> None:
+    """Let a prompt be scored beside other requests when LoRA is enabled.
+
+    The output layer's LoRA ops hold one adapter index for each request of the batch, and vLLM hands them all tokens of a
+    scored prompt: shapes do not fit and the engine dies, or they fit by chance and tokens get the adapters of other
+    requests. Here prompts are scored one by one, each under a mapping that knows its own request alone.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if hasattr(CPUModelRunner, "_llmrl_scores"):
+        return
+    score = CPUModelRunner._get_prompt_logprobs_dict
+
+    @functools.wraps(score)
+    def one_by_one(self: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+        if not self.lora_config:
+            return score(self, hidden_states, num_scheduled_tokens)
+        wanted = self.num_prompt_logprobs
+        found: dict[str, Any] = {}
+        try:
+            for request in [name for name in wanted if name in num_scheduled_tokens]:
+                adapter = self.requests[request].lora_request
+                only = (adapter.lora_int_id if adapter else 0,)  # the ops broadcast one index over all rows
+                self._set_active_loras(only, only, {adapter} if adapter else set())  # the next step sets its own
+                self.num_prompt_logprobs = {request: wanted[request]}
+                found |= score(self, hidden_states, num_scheduled_tokens)
+                if request not in self.num_prompt_logprobs:  # its last part
+                    del wanted[request]
+        finally:
+            self.num_prompt_logprobs = wanted
+        return found
+
+    CPUModelRunner._get_prompt_logprobs_dict = one_by_one
+    CPUModelRunner._llmrl_scores = True
 
 
 def _count_ranks_uncompiled() -> None:

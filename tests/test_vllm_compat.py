@@ -1,6 +1,8 @@
 import importlib
 import re
+import sys
 import tomllib
+from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,6 +291,49 @@ def test_patch_cpu_lora_is_done_once(lora_modules):
     assert all(not hasattr(op.__wrapped__, "__wrapped__") for op in once)
     assert vllm_compat.patch_cpu_lora() is True
     assert once == [getattr(m, n) for m in lora_modules for n in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("own", [0, 1, 2])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_prompt_is_scored_with_the_adapter_of_its_own_request(lora_modules, monkeypatch, own, count):
+    """`count` scored tokens of one request in a batch of three: unpatched, 3 fit by chance and others do not fit."""
+    import torch
+
+    x, a, b, _, _ = lora_batch([0] * count)
+    punica = wrapper(lora_modules[2], [1, -1, 0], prefill=True)
+
+    Adapter = namedtuple("Adapter", "lora_int_id")
+
+    class Runner:
+        """The fields of vLLM's runner that scoring uses: "scored" has its last part now, "later" is not in the batch."""
+
+        def __init__(self):
+            self.lora_config, self.num_prompt_logprobs = True, {"scored": 0, "later": 0}
+            self.requests = {"scored": SimpleNamespace(lora_request=Adapter(own) if own else None)}
+
+        def _set_active_loras(self, prompts, tokens, adapters):
+            assert {adapter.lora_int_id for adapter in adapters} == ({own} if own else set())
+            mapping = SimpleNamespace(index_mapping=tokens, prompt_mapping=prompts, is_prefill=True)
+            punica.update_metadata(mapping, [1, 2], max_loras=2, vocab_size=16)
+
+        def _get_prompt_logprobs_dict(self, hidden, scheduled):
+            found = {}
+            for name in [name for name in self.num_prompt_logprobs if name in scheduled]:
+                found[name] = torch.zeros(count, 5)
+                punica.add_lora_logits(found[name], hidden, a, b, 1.0)
+                del self.num_prompt_logprobs[name]
+            return found
+
+    vllm_compat.patch_cpu_lora()
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.cpu_model_runner", SimpleNamespace(CPUModelRunner=Runner))
+    vllm_compat._score_with_own_adapter()
+    vllm_compat._score_with_own_adapter()  # once is enough
+    runner = Runner()
+    found = runner._get_prompt_logprobs_dict(x, {"scored": count + 1, "generates": 1})
+    expected = x @ a[own - 1, 0].T @ b[own - 1, 0].T if own else torch.zeros(count, 5)
+    torch.testing.assert_close(found, {"scored": expected})
+    assert runner.num_prompt_logprobs == {"later": 0}
 
 
 def test_vllm_architectures_of_the_installed_vllm():

@@ -170,6 +170,20 @@ def test_stops_and_seeds(engine, prompts):
     assert len(set(first[0])) == 3
 
 
+def test_prompts_are_scored_while_others_are_answered(engine, model, prompts):
+    """Servers with LoRA: in one batch with others, a scored prompt used to end the CPU build's engine."""
+    wanted = [logprobs_of(model, prompt) for prompt in prompts]
+    sampling = SamplingConfig(temperature=0, max_tokens=48)
+    others = [engine.submit([*prompts[i % 3], 3 + i], sampling) for i in range(150)]
+    wait_for(lambda: any(other.done() for other in others))
+    assert not all(other.done() for other in others), "nothing is under way"
+    scores = on_each(engine, lambda: [engine.score(prompt) for prompt in prompts])
+    for found in scores:
+        for one, right in zip(found, wanted, strict=True):
+            assert one == pytest.approx(right, abs=1e-3)
+    assert all(other.result(timeout=120)[0].token_ids for other in others)
+
+
 def test_json_schema_constrains(engine, prompts):
     schema = {"type": "string", "enum": ["yes", "no"]}  # without a place where this model could fill in blanks for ever
     samples = engine.generate([prompts[0]], SamplingConfig(max_tokens=60, seed=1, n=8, json_schema=schema))[0]
@@ -412,7 +426,7 @@ def test_rollout_when_both_servers_are_killed_and_resumed_on_another(stories_dir
         again.wait_until_healthy()
         resumed = [*command, again.url]
         done = subprocess.run(resumed, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"{done.stderr}\nthe server's log ends:\n{again.text()}"
     assert f"{kept} of {len(rows)} rows were done before" in done.stdout
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["id"] for row in written] == [row["id"] for row in rows]
