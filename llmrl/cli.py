@@ -11,6 +11,7 @@ from llmrl.errors import UsageError, did_you_mean, run_command
 _COMMANDS = {
     "calibrate": "make a model's token probabilities mean something; --verify checks a calibrated one on new data",
     "rollout": "sample answers to a file of prompts with transformers, vLLM or vLLM servers",
+    "leret": "teach a model to search by trying: explore queries, train on the preferences, evaluate",
     "serve": "serve a folder llmrl wrote, or any model, with vLLM; --workers N starts several, --sync takes new weights",
     "doctor": "versions found and wanted, which backends work, GPU and memory",
 }
@@ -40,7 +41,9 @@ def _run(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    command = {"calibrate": _calibrate, "rollout": _rollout, "serve": _serve, "doctor": _doctor}.get(argv[0])
+    command = {"calibrate": _calibrate, "rollout": _rollout, "leret": _leret, "serve": _serve, "doctor": _doctor}.get(
+        argv[0]
+    )
     if command is None:
         raise UsageError(f"unknown command '{argv[0]}'{did_you_mean(argv[0], _COMMANDS)}")
     return _with_help(command, argv[1:])
@@ -63,6 +66,12 @@ def _rollout(argv: list[str]) -> int:
     from llmrl.commands import run_rollout
 
     return run_rollout(argv)
+
+
+def _leret(argv: list[str]) -> int:
+    from llmrl.commands import run_leret
+
+    return run_leret(argv)
 
 
 def _serve(argv: list[str]) -> int:

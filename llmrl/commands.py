@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from llmrl.config import parse_config
-from llmrl.errors import EXIT_DONE, Interrupted
+from llmrl.errors import EXIT_DONE, Interrupted, UsageError, did_you_mean
 
 
 def run_calibrate(argv: list[str], prog: str = "llmrl calibrate") -> int:
@@ -67,6 +67,45 @@ def run_rollout(argv: list[str], prog: str = "llmrl rollout") -> int:
         raise
     except KeyboardInterrupt:
         raise Interrupted("interrupted before anything was sampled; run the same command again") from None
+
+
+_LERET = {
+    "explore": "Try search queries in every style, score what they find, write preference pairs and the headroom report.",
+    "train": "Explore and train, round after round; goes on with what explore left in the same --output_dir.",
+    "eval": "Search with a policy on questions and passages; report recall and AP beside the question and other systems.",
+}
+
+
+def run_leret(argv: list[str], prog: str = "llmrl leret", action: str | None = None) -> int:
+    """Parse options, then explore, train or evaluate; return the exit code.
+
+    Args:
+        argv: arguments without the program's name; the first is the action unless `action` is given.
+        prog: shown in usage messages.
+        action: explore, train or eval.
+    """
+    from llmrl.leret.options import LeretConfig
+
+    if action is None:
+        if not argv or argv[0] in ("-h", "--help"):
+            lines = "\n".join(f"  {name:<8} {text}" for name, text in _LERET.items())
+            print(f"usage: {prog} ACTION ...\n\nteach a language model to search by trying\n\nactions:\n{lines}")
+            print(f"\n{prog} ACTION --help lists the options; all actions take the same.")
+            return EXIT_DONE
+        action, argv, prog = argv[0], argv[1:], f"{prog} {argv[0]}"
+    if action not in _LERET:
+        raise UsageError(f"unknown action '{action}'{did_you_mean(action, _LERET)}")
+    config = parse_config(LeretConfig, argv, prog=prog, description=_LERET[action])
+    quiet_libraries(config.quiet)
+    from llmrl.leret import run
+
+    try:
+        {"explore": run.explore, "train": run.train, "eval": run.evaluate_policy}[action](config)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(f"interrupted; the same command goes on with what is finished. {stopped}".rstrip()) from None
+    return EXIT_DONE
 
 
 def quiet_libraries(quiet: bool) -> None:

@@ -1,17 +1,17 @@
-"""Bootstrap over clusters of tokens: draws as weights, sums per draw, intervals.
+"""Bootstrap over clusters of tokens: draws as weights, sums per draw.
 
 Tokens of one window are not independent, so whole windows are drawn. A metric that is a function of sums over windows costs
 one matrix product for all draws: the weights of the draws `[draws, windows]` times the sums of the windows.
 
-Intervals are basic bootstrap intervals, [2v - high, 2v - low] of the percentiles. Resampling adds noise to every bin, which
-lifts each calibration error, as sampling has lifted the estimate v itself; the basic interval takes that bias off, where
-the percentile interval doubles it. An interval is widened to hold its own estimate.
+Resampling adds noise to every bin, which lifts each calibration error: their intervals are basic ones, see `llmrl.intervals`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from llmrl.intervals import draw_counts
 
 Array = NDArray[np.float64]
 MIN_CLUSTERS = 20
@@ -20,9 +20,7 @@ _TABLE = 1 << 22  # cells of sums held at a time (32 MB), however many windows t
 
 def draw_weights(window: NDArray[np.int64], draws: int, seed: int) -> Array:
     """Return how often each window is drawn, `[draws, windows]`; windows are numbered by their sorted index."""
-    count = len(np.unique(window))
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1.0 / count), size=draws).astype(np.float64)
+    return draw_counts(len(np.unique(window)), draws, seed)
 
 
 def sums_by_draw(
@@ -46,32 +44,6 @@ def sums_by_draw(
         table = np.bincount(flat, None if values is None else values[inside], minlength=(stop - start) * cells)
         out += weights[:, start:stop] @ table.reshape(stop - start, cells)
     return out
-
-
-def interval(
-    value: float, draws: Array, floor: float | None = 0.0, ceiling: float | None = None, *, basic: bool = True
-) -> dict[str, float]:
-    """Return `value` with its 95% bootstrap interval, widened to hold `value`, cut at `floor` and `ceiling`.
-
-    Args:
-        value: the estimate on all tokens.
-        draws: `[draws]`, the estimate under each draw; those that are not finite are left out.
-        floor: least value the quantity can have, None for no limit.
-        ceiling: greatest value.
-        basic: mirror the percentiles on `value`; False for draws that are free of the bias described above.
-    """
-    finite = draws[np.isfinite(draws)]
-    if len(finite) == 0 or not np.isfinite(value):
-        return {"value": value, "low": float("nan"), "high": float("nan")}
-    lower, upper = np.percentile(finite, [2.5, 97.5]).tolist()
-    if basic:
-        lower, upper = 2 * value - upper, 2 * value - lower
-    low, high = min(value, lower), max(value, upper)
-    return {
-        "value": value,
-        "low": low if floor is None else max(floor, low),
-        "high": high if ceiling is None else min(ceiling, high),
-    }
 
 
 def clusters_of(window: NDArray[np.int64], *, questions: bool = False) -> tuple[NDArray[np.int64], str]:

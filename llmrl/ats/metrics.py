@@ -1,7 +1,7 @@
 """Calibration metrics of top-1 confidence, with 95% bootstrap intervals and paired differences.
 
-What a metric is stands in `binned`, `smooth_ece` and `selective`; how the intervals are made in `bootstrap`. Two methods
-share the draws, which makes their difference paired. Under a draw
+What a metric is stands in `binned`, `smooth_ece` and `selective`; how the draws are made in `bootstrap`, and the intervals
+in `llmrl.intervals`. Two methods share the draws, which makes their difference paired. Under a draw
 
 - AUROC and AURC are taken over 512 bins of equal mass, within which answers count as tied (see the tests: within 1e-3);
 - smooth ECE keeps the width found on all tokens. Chosen anew in each draw, the width grows with the noise of the draw: at
@@ -35,9 +35,10 @@ from llmrl.ats.binned import (
     generalised_resolution_of,
     squared_error_of,
 )
-from llmrl.ats.bootstrap import MIN_CLUSTERS, clusters_of, draw_weights, interval, sums_by_draw
+from llmrl.ats.bootstrap import MIN_CLUSTERS, clusters_of, draw_weights, sums_by_draw
 from llmrl.ats.selective import aurc, aurc_of
 from llmrl.ats.smooth_ece import GRID, residuals_on_grid, smooth_ece, smooth_ece_at, smooth_on_grid
+from llmrl.intervals import interval
 
 __all__ = [
     "BINS",
@@ -54,7 +55,6 @@ __all__ = [
     "equal_mass_bins",
     "equal_width_bins",
     "expected_calibration_error",
-    "interval",
     "point_metrics",
     "reliability_by_kernel",
     "reliability_curve",

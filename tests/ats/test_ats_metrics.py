@@ -19,11 +19,11 @@ from llmrl.ats.metrics import (
     equal_mass_bins,
     equal_width_bins,
     expected_calibration_error,
-    interval,
     point_metrics,
     reliability_curve,
 )
 from llmrl.ats.selective import aurc
+from llmrl.intervals import interval
 
 
 def predictions(confidence, correct, window=None, nll=None):
@@ -255,27 +255,6 @@ def test_compare_methods_same_seed_same_intervals():
     assert compare_methods({"a": p}, seed=3) != compare_methods({"a": p}, seed=4)
 
 
-def test_interval_mirrors_the_percentiles_on_the_value_and_skips_nan_draws():
-    draws = np.concatenate([np.linspace(0.0, 1.0, 101), [np.nan] * 5])
-    found = interval(0.4, draws, floor=None)
-    assert found["low"] == pytest.approx(2 * 0.4 - 0.975)
-    assert found["high"] == pytest.approx(2 * 0.4 - 0.025)
-    assert interval(0.4, draws)["low"] == 0.0
-    assert interval(0.6, draws)["high"] == pytest.approx(1.175)
-    assert interval(0.6, draws, ceiling=1.0)["high"] == 1.0
-
-
-@pytest.mark.parametrize("value", [0.1, 0.9])
-def test_interval_is_widened_to_hold_its_value(value):
-    draws = np.linspace(0.4, 0.6, 101)
-    found = interval(value, draws, floor=None)
-    # all draws lie on one side of the value, so their mirror image does too
-    if value < 0.4:
-        assert (found["high"], found["low"]) == (value, pytest.approx(2 * value - 0.595))
-    else:
-        assert (found["low"], found["high"]) == (value, pytest.approx(2 * value - 0.405))
-
-
 @pytest.mark.parametrize(("truth", "tokens"), [(0.02, 3000), (0.01, 8000)])
 def test_interval_covers_the_true_ece(truth, tokens):
     """Every bin is too sure of itself by `truth`; a percentile interval centred on the value covers it 73% and 68%."""
@@ -319,8 +298,3 @@ def test_clusters_of_windows_or_blocks():
     assert (np.diff(found) >= 0).all()
     # hardly any tokens at all
     assert clusters_of(np.zeros(5, dtype=np.int64))[0].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_interval_without_finite_draws_is_nan():
-    assert math.isnan(interval(0.5, np.array([np.nan]))["low"])
-    assert math.isnan(interval(float("nan"), np.array([0.1, 0.2]))["high"])

@@ -11,9 +11,10 @@ from llmrl.ats.binned import (
     equal_mass_edges,
     expected_calibration_error,
 )
-from llmrl.ats.bootstrap import draw_weights, interval
+from llmrl.ats.bootstrap import draw_weights
 from llmrl.ats.metrics import Predictions, bootstrap_metrics, compare_methods, point_metrics
 from llmrl.errors import DataError
+from llmrl.intervals import interval
 
 
 def predictions(confidence, correct, windows=40):

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from answer_worlds import answers
 
-from llmrl.ats.bootstrap import draw_weights, interval
+from llmrl.ats.bootstrap import draw_weights
 from llmrl.ats.metrics import Predictions, _bootstrap_smooth_ece, bootstrap_metrics, reliability_by_kernel
 from llmrl.ats.smooth_ece import GRID, residuals_on_grid, smooth_ece, smooth_ece_at, smooth_on_grid
+from llmrl.intervals import interval
 
 
 def predictions(confidence, correct, windows=40):

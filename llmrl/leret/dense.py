@@ -1,0 +1,301 @@
+"""Dense retrieval in process: any encoder folder, cosine similarity, every passage compared.
+
+The folder is one of transformers, or of sentence-transformers, whose pooling is then read from its own files. Passages are
+embedded once and kept on disk; the search is a plain matrix product, which for millions of passages wants an accelerator.
+A query or passage is cut at `max_length` tokens, and `truncated` counts how many were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrl.errors import DataError, ModelError, UsageError
+from llmrl.files import resolve_reference
+from llmrl.fingerprints import fingerprint_tokenizer, fingerprint_weights
+from llmrl.leret.corpus import Corpus, fingerprint
+from llmrl.leret.retriever import Hit, check_query_batch
+from llmrl.training.tracking import progress_bar
+
+POOLINGS = ("mean", "cls")
+_MODULES, _POOLING = "modules.json", "1_Pooling"
+# modules of sentence-transformers whose work is done here; what else a folder lists would be left out silently
+_KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
+_SCORES_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How an encoder folder wants to be read: "mean" or "cls" pooling, and at most `max_length` tokens."""
+
+    pooling: str
+    max_length: int
+
+
+class DenseRetriever:
+    """Cosine similarity of title + text with the query.
+
+    Args:
+        corpus: the passages.
+        encoder: a folder or hub name of an encoder in safetensors.
+        query_prefix: put before every query, such as "query: " for e5.
+        passage_prefix: put before every passage, such as "passage: " for e5.
+        max_length: tokens read of a query or passage, prefix and special tokens included; None: what the folder says.
+        cache_dir: folder in which embeddings of passages are kept; None keeps none.
+        device: a torch device; None takes the GPU if there is one.
+        batch_size: passages embedded at once.
+        query_batch_size: queries embedded at once. At 1 a score does not depend on what else is asked, bit for bit.
+        progress: show a bar while passages are embedded.
+
+    Raises:
+        UsageError: the folder is not there, or max_length is out of range.
+        ModelError: no safetensors, an encoder that cannot be loaded, another pooling than mean or cls.
+        DataError: a file of embeddings that is not one.
+    """
+
+    name = "dense"
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        encoder: Path | str,
+        *,
+        query_prefix: str = "",
+        passage_prefix: str = "",
+        max_length: int | None = None,
+        cache_dir: Path | str | None = None,
+        device: str | None = None,
+        batch_size: int = 64,
+        query_batch_size: int = 1,
+        progress: bool = True,
+    ) -> None:
+        self._corpus, self._query_prefix, self._query_batch = corpus, query_prefix, query_batch_size
+        self._encoder = Encoder(encoder, max_length=max_length, device=device)
+        settings = self._encoder.settings
+        self.max_length = settings.max_length
+        index = {
+            "kind": "dense",
+            "pooling": settings.pooling,
+            "max_length": settings.max_length,
+            "passage_prefix": passage_prefix,
+            "encoder": self._encoder.fingerprint,
+            "corpus": corpus.fingerprint,
+        }
+        self.fingerprint = fingerprint([index, query_prefix])
+        self.truncated: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+        def embed() -> Tensor:
+            texts = [passage_prefix + passage.both for passage in corpus.passages]
+            found, cut = self._encoder.embed(texts, batch_size, progress=progress)
+            self.truncated["passages"] = cut
+            return found.cpu()
+
+        file = None if cache_dir is None else Path(cache_dir).expanduser() / f"{fingerprint([index])[7:]}.safetensors"
+        vectors = embed() if file is None else _kept(file, index, len(corpus), embed, self.truncated)
+        # a copy, for it is aligned in memory: a matrix product of what lies in a mapped file differs in its last bits
+        self._vectors = vectors.to(self._encoder.device, copy=True)
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """Return the k nearest passages; a query without one known token has no hit. See `Retriever`."""
+        queries = check_query_batch(queries, k)
+        asked = [i for i, query in enumerate(queries) if self._encoder.says_something(query)]
+        results: list[list[Hit]] = [[] for _ in queries]
+        size = max(1, min(self._query_batch, _SCORES_AT_ONCE // len(self._corpus)))
+        for start in range(0, len(asked), size):
+            rows = asked[start : start + size]
+            vectors, cut = self._encoder.embed([self._query_prefix + queries[i] for i in rows], size)
+            if cut:
+                with self._lock:
+                    self.truncated["queries"] += cut
+            scores = vectors @ self._vectors.T
+            for i, row in zip(rows, scores, strict=True):
+                results[i] = self._hits(row, k)
+        return results
+
+    def _hits(self, scores: Tensor, k: int) -> list[Hit]:
+        k = min(k, len(scores))
+        lowest = scores.topk(k).values[-1]
+        candidates = (scores >= lowest).nonzero().flatten()  # all that tie with the k-th, in order of the corpus
+        order = scores[candidates].sort(descending=True, stable=True).indices[:k]
+        hits = []
+        for i in candidates[order].tolist():
+            passage = self._corpus.passages[i]
+            hits.append(Hit(passage.id, passage.title, passage.text, float(scores[i])))
+        return hits
+
+
+class Encoder:
+    """Texts to unit vectors. One encoder may be used by several threads.
+
+    Args:
+        name: folder or hub name.
+        max_length: see `DenseRetriever`.
+        device: see `DenseRetriever`.
+    """
+
+    def __init__(self, name: Path | str, *, max_length: int | None = None, device: str | None = None) -> None:
+        reference, _ = resolve_reference(str(name), "encoder")
+        from transformers import AutoModel, AutoTokenizer
+
+        from llmrl.modeling import local_folder
+
+        try:
+            folder = local_folder(reference)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"cannot load the encoder {name}: {reason}; expected config, tokenizer, safetensors"
+            ) from error
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model.eval().requires_grad_(False).to(self.device)
+        longest = _longest(self._tokenizer, model.config)
+        self.settings = read_settings(folder, longest)
+        if max_length is not None:
+            if not 3 <= max_length <= longest:
+                raise UsageError(f"expected a max_length from 3 to {longest}, the encoder's limit, got {max_length}")
+            self.settings = EncoderSettings(self.settings.pooling, max_length)
+        self.fingerprint = [fingerprint_weights(folder), fingerprint_tokenizer(self._tokenizer)]
+        self._lock = threading.Lock()
+
+    def says_something(self, text: str) -> bool:
+        """Tell whether a text has at least one token that is not unknown."""
+        return any(i != self._tokenizer.unk_token_id for i in self._ids([text], special=False)[0])
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str], batch_size: int, *, progress: bool = False) -> tuple[Tensor, int]:
+        """Return unit vectors `[len(texts), width]` in float32 and how many texts were cut."""
+        full = self._ids(texts, special=True)
+        cut = sum(len(ids) > self.settings.max_length for ids in full)
+        order = sorted(range(len(texts)), key=lambda i: -len(full[i]))  # like lengths together: little padding
+        vectors = torch.empty(len(texts), self._model.config.hidden_size, device=self.device)
+        with progress_bar("embedding", len(texts), unit="passage", quiet=not progress) as advance:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                vectors[rows] = self._forward([self._cut(full[i]) for i in rows])
+                advance(start + len(rows), len(texts))
+        return vectors, cut
+
+    def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        with self._lock:  # fast tokenizers keep padding and truncation as state
+            quiet = self._tokenizer(list(texts), add_special_tokens=special, truncation=False, verbose=False)
+        found: list[list[int]] = quiet["input_ids"]
+        return found
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """Return the ids at most `max_length` long, with the special tokens at the end in their place."""
+        longest = self.settings.max_length
+        if len(ids) <= longest:
+            return ids
+        special = set(self._tokenizer.all_special_ids)
+        tail = next((n for n in range(len(ids)) if ids[-1 - n] not in special), 0)
+        return ids[: longest - tail] + ids[len(ids) - tail :]
+
+    def _forward(self, rows: list[list[int]]) -> Tensor:
+        length = max(len(ids) for ids in rows)
+        pad = self._tokenizer.pad_token_id or 0
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self.device)
+        hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return torch.nn.functional.normalize(pool(hidden, mask, self.settings.pooling), dim=-1)
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Return one vector a row: the mean over its tokens, or its first token.
+
+    Args:
+        hidden: `[B, T, H]`.
+        mask: `[B, T]`, 0 for padding, which stands on the right.
+        pooling: "mean" or "cls".
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    weights = mask.to(hidden.dtype)[:, :, None]
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def read_settings(folder: Path, longest: int) -> EncoderSettings:
+    """Read how sentence-transformers would use a folder; a folder that does not say is pooled by the mean.
+
+    Args:
+        folder: of the encoder.
+        longest: tokens the model can read at most.
+
+    Raises:
+        ModelError: the folder asks for a pooling or a module that is not known here.
+    """
+    folder = Path(folder)
+    for module in _json(folder / _MODULES, []):
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        if kind not in _KNOWN_MODULES:
+            raise ModelError(
+                f"{folder} has a module {kind!r} after its encoder: expected only {', '.join(_KNOWN_MODULES)}; use an "
+                "encoder without it"
+            )
+    fields = _json(folder / _POOLING / "config.json", {})
+    chosen = fields.get("pooling_mode") or [
+        key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
+        for key, on in fields.items()
+        if key.startswith("pooling_mode_") and on is True
+    ]
+    modes = [chosen] if isinstance(chosen, str) else list(chosen) or ["mean"]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise ModelError(f"{folder} pools by {' and '.join(map(str, modes))}: expected {' or '.join(POOLINGS)}")
+    said = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length")
+    return EncoderSettings(modes[0], min(longest, said) if isinstance(said, int) else longest)
+
+
+def _json(path: Path, default: Any) -> Any:
+    if not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}; fetch the encoder again") from error
+
+
+def _longest(tokenizer: Any, config: Any) -> int:
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2  # the first two rows of their table are never a token's
+    return int(min(tokenizer.model_max_length, positions))
+
+
+def _kept(file: Path, index: dict[str, Any], passages: int, embed: Any, truncated: Counter[str]) -> Tensor:
+    """Return the embeddings in `file`, or make and keep them."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    if not file.exists():
+        vectors = embed().contiguous()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            said = {"index": json.dumps(index, sort_keys=True), "truncated": str(truncated["passages"])}
+            save_file({"embeddings": vectors}, str(temporary), metadata=said)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return vectors
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            said = tensors.metadata() or {}
+            vectors = tensors.get_tensor("embeddings")
+        same = said.get("index") == json.dumps(index, sort_keys=True) and len(vectors) == passages
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file} is not a whole file of embeddings ({error}); delete it, it is made again") from error
+    if not same:
+        raise DataError(f"{file} holds embeddings of another corpus or encoder; delete it, it is made again")
+    truncated["passages"] = int(said.get("truncated", 0))
+    return vectors

@@ -1,0 +1,238 @@
+"""What a model is asked for a search query with, and how its answer is read.
+
+One function makes the messages for exploration, training, evaluation and serving, so what is trained is what is
+served. A `PromptStyle` is one way of asking; the bare one (`BARE`) is what training teaches and what is used
+afterwards, the others only make exploration diverse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmrl.errors import ConfigError, DataError
+from llmrl.files import write_json
+from llmrl.leret.corpus import Passage
+from llmrl.types import Message, Record
+
+PROMPT_FILE = "search_prompt.json"
+BARE = "bare"
+NO_PASSAGES = "none yet"
+_QUOTES = "\"'`“”"
+
+
+@dataclass(frozen=True)
+class Demo(Record):
+    """One worked example: a question, what had been found, and a query that found more.
+
+    `passages` are (title, text) pairs as they stood in the prompt.
+    """
+
+    question: str
+    passages: tuple[tuple[str, str], ...]
+    query: str
+    hop: int = 0
+
+    def __post_init__(self) -> None:
+        self._set(passages=tuple((str(title), str(text)) for title, text in self.passages))
+        self._need(bool(self.query.strip()), "query", "text")
+
+
+@dataclass(frozen=True)
+class PromptStyle(Record):
+    """One way of asking.
+
+    Attributes:
+        name: what reports call it; "bare" is the style that is trained.
+        instruction: the line that says what to write.
+        demos: worked examples, shown as turns of the dialogue before the question.
+        hops: the hops it is used at, counted from 1; None is all.
+    """
+
+    name: str
+    instruction: str
+    demos: tuple[Demo, ...] = ()
+    hops: tuple[int, ...] | None = None
+
+    _error = ConfigError
+
+    def __post_init__(self) -> None:
+        self._need(isinstance(self.name, str) and bool(self.name.strip()), "name", "text")
+        self._need("/" not in self.name and "|" not in self.name, "name", "text without / and |")
+        self._need(isinstance(self.instruction, str), "instruction", "text")
+        self._set(demos=tuple(demo if isinstance(demo, Demo) else Demo.from_json(demo) for demo in self.demos))
+        if self.hops is not None:
+            self._set(hops=tuple(int(hop) for hop in self.hops))
+            self._need(all(hop >= 1 for hop in self.hops or ()), "hops", "numbers from 1")
+
+    def at(self, hop: int) -> bool:
+        """Tell whether it is used at `hop`, counted from 1."""
+        return self.hops is None or hop in self.hops
+
+
+DEFAULT_INSTRUCTION = (
+    "Write one search query for the passages that are still missing to answer the question. "
+    "Reply with the query alone, on one line."
+)
+
+
+@dataclass(frozen=True)
+class PromptFormat(Record):
+    """How questions and passages become messages; it travels with a trained model as `search_prompt.json`.
+
+    Attributes:
+        instruction: of the bare style.
+        system: a system message, or None.
+        passage_words: a passage's text is cut to this many words; None keeps it whole.
+        question_again: repeat the question behind the passages. A causal model reads the passages without knowing what
+            comes after them; the second copy has seen them.
+        styles: further styles that the model was made to know, used by exploration.
+        max_tokens: of a query.
+    """
+
+    instruction: str = DEFAULT_INSTRUCTION
+    system: str | None = None
+    passage_words: int | None = None
+    question_again: bool = True
+    styles: tuple[PromptStyle, ...] = ()
+    max_tokens: int = 64
+
+    _error = ConfigError
+
+    def __post_init__(self) -> None:
+        self._need(isinstance(self.instruction, str), "instruction", "text")
+        self._need(self.passage_words is None or self.passage_words >= 0, "passage_words", "a number >= 0, or null")
+        self._need_int("max_tokens", 1)
+        styles = tuple(s if isinstance(s, PromptStyle) else PromptStyle.from_json(s) for s in self.styles)
+        self._set(styles=styles)
+        names = [style.name for style in styles]
+        self._need(len({BARE, *names}) == len(names) + 1, "styles", "distinct names, none of them 'bare'")
+
+    @property
+    def bare(self) -> PromptStyle:
+        """The style that is trained and used."""
+        return PromptStyle(BARE, self.instruction)
+
+    def messages(self, style: PromptStyle, question: str, passages: Sequence[Passage]) -> tuple[Message, ...]:
+        """Return the dialogue that asks for the next query.
+
+        Args:
+            style: how to ask.
+            question: what is to be answered.
+            passages: what was found so far, in the order the merge rule gives.
+        """
+        shown = [(passage.title, passage.text) for passage in passages]
+        messages = [Message("system", self.system)] if self.system else []
+        for demo in style.demos:
+            messages += [
+                Message("user", self._text(style.instruction, demo.question, demo.passages)),
+                Message("assistant", demo.query),
+            ]
+        return (*messages, Message("user", self._text(style.instruction, question, shown)))
+
+    def _text(self, instruction: str, question: str, passages: Sequence[tuple[str, str]]) -> str:
+        lines = [f"Question: {one_line(question)}"]
+        if passages:
+            lines += [
+                f"[{number}] {one_line(title)} | {self.shorten(text)}"
+                for number, (title, text) in enumerate(passages, start=1)
+            ]
+            lines += [f"Question: {one_line(question)}"] if self.question_again else []
+        return "\n".join([*lines, instruction] if instruction else lines)
+
+    def shorten(self, text: str) -> str:
+        """Cut a passage's text to `passage_words` words, on one line."""
+        words = text.split()
+        return " ".join(words if self.passage_words is None else words[: self.passage_words])
+
+
+def one_line(text: str) -> str:
+    """Return `text` with every run of white space as one space."""
+    return " ".join(text.split())
+
+
+def read_query(answer: str) -> str:
+    """Return the query in a model's answer: its first line with words, without a label or quotes around it; "" if none."""
+    line = next((line.strip() for line in answer.splitlines() if line.strip()), "")
+    label, colon, rest = line.partition(":")
+    if colon and label.strip().lower() in ("query", "search query", "search"):
+        line = rest.strip()
+    while len(line) > 1 and line[0] in _QUOTES and line[-1] in _QUOTES:
+        line = line[1:-1].strip()
+    return one_line(line.strip(_QUOTES) if not line.strip(_QUOTES + " ") else line)
+
+
+@dataclass(frozen=True)
+class SearchSetup(Record):
+    """What a trained policy needs to be used as it was trained; saved beside its weights.
+
+    Attributes:
+        format: the prompt.
+        hops: searches a question.
+        k: passages a search.
+        merge: the order of passages in the prompt.
+        unseen_only: hops after the first return passages that were not found before.
+        question_first: hop 1 searches with the question itself, and the model writes from hop 2 on.
+        notes: where it comes from: corpus and retriever fingerprints, reward, seed.
+    """
+
+    format: PromptFormat = field(default_factory=PromptFormat)
+    hops: int = 2
+    k: int = 3
+    merge: str = "hop_order"
+    unseen_only: bool = False
+    question_first: bool = False
+    notes: dict[str, str] = field(default_factory=dict)
+
+    _error = ConfigError
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, PromptFormat):
+            self._set(format=PromptFormat.from_json(self.format))
+        self._need_int("hops", 1)
+        self._need_int("k", 1)
+
+    def save(self, folder: Path | str) -> None:
+        """Write `search_prompt.json` into a model's or an adapter's folder."""
+        write_json(Path(folder) / PROMPT_FILE, self.to_json())
+
+
+def load_setup(*folders: Path | str | None) -> SearchSetup | None:
+    """Return the setup in the first of `folders` that holds one, or None.
+
+    Raises:
+        DataError: the file is not what `SearchSetup.save` writes.
+    """
+    for folder in folders:
+        path = Path(folder) / PROMPT_FILE if folder else None
+        if path is not None and path.is_file():
+            try:
+                return SearchSetup.from_json(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{path}: not a search prompt: {error}") from None
+    return None
+
+
+def load_styles(path: Path | str) -> tuple[PromptStyle, ...]:
+    """Read styles from a JSON file: a list of objects with `name`, `instruction`, and optionally `demos` and `hops`.
+
+    Raises:
+        ConfigError: not found, not JSON, or a style is not valid.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"not found: {path} (--prompts)")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        raise ConfigError(f"{path}: expected a list of styles, each with a name and an instruction")
+    styles = tuple(PromptStyle.from_json(row) for row in rows)
+    names = [style.name for style in styles]
+    twice = next((name for name in names if names.count(name) > 1 or name == BARE), None)
+    if twice is not None:
+        raise ConfigError(f"{path}: the name '{twice}' is taken; each style needs one of its own, other than 'bare'")
+    return styles

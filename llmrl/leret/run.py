@@ -1,0 +1,111 @@
+"""`llmrl leret explore|train|eval` and recipes/leret.py: one code path."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from llmrl.config import to_flat
+from llmrl.errors import UsageError
+from llmrl.leret.evaluation import BASE, POLICY, evaluate, systems_of
+from llmrl.leret.headroom import headroom_table, refuse_reason
+from llmrl.leret.opening import Opened, Say, model_and_adapter, open_data
+from llmrl.leret.options import LeretConfig
+from llmrl.leret.records import Candidate, group_candidates, read_records
+from llmrl.leret.rounds import Learner, explore_round, run_rounds
+from llmrl.leret.run_folder import RUN_FILE, claimed_folder, identity
+from llmrl.training.distributed import check_processes, is_main_process, join_processes
+from llmrl.training.metrics import read_metrics
+from llmrl.training.run import write_run_files
+from llmrl.training.tracking import check_tracker
+from llmrl.vllm_compat import check_versions
+
+EVAL_FILE = "leret_eval.json"
+_PATIENCE = timedelta(days=30)  # of one process for the answers of another
+
+
+def explore(config: LeretConfig) -> dict[str, Any]:
+    """Explore the first round; return its headroom report, which is also written beside the rows for training."""
+    opened, say = _begin(config)
+    with claimed_folder(str(config.output_dir), identity(opened), overwrite=config.overwrite, file=RUN_FILE) as folder:
+        _describe(config, folder)
+        report = explore_round(opened, 0, Learner(config.model, config.adapter), folder / "round-0", say)
+        reason = refuse_reason(report)
+        say(headroom_table(report))
+        say(f"nothing to learn: {reason}" if reason else f"rows for training: {folder / 'round-0'}")
+        return report
+
+
+def train(config: LeretConfig) -> dict[str, Any] | None:
+    """Explore and train in rounds; return the report on --test_questions, None without them."""
+    if config.policy == "rules":
+        raise UsageError(
+            "--policy rules has no model to train; llmrl leret explore writes pairs that any model can learn from"
+        )
+    opened, say = _begin(config)
+    with claimed_folder(str(config.output_dir), identity(opened), overwrite=config.overwrite, file=RUN_FILE) as folder:
+        _describe(config, folder)
+        final = run_rounds(opened, folder, say)
+        _plots(folder)
+        say(f"policy: {final}")
+        if opened.test is None:
+            return None
+        base = str(config.model)
+        models = [(POLICY, *model_and_adapter(str(final), base)), (BASE, base, config.adapter)]
+        sft = folder / "round-0" / "sft" / "final"
+        if config.rounds == 1 and sft.is_dir() and config.epochs:
+            models.append(("sft", *model_and_adapter(str(sft), base)))
+        return evaluate(opened, opened.test, models, folder / "test", say)
+
+
+def evaluate_policy(config: LeretConfig) -> dict[str, Any]:
+    """Evaluate on --questions; return the report, which is also written to `output_dir/report.json`."""
+    opened, say = _begin(config)
+    models = systems_of(opened)
+    what = {**identity(opened), "models": [list(row) for row in models], "eval": True}
+    with claimed_folder(str(config.output_dir), what, overwrite=config.overwrite, file=EVAL_FILE) as folder:
+        _describe(config, folder)
+        return evaluate(opened, opened.questions, models, folder, say)
+
+
+def _begin(config: LeretConfig) -> tuple[Opened, Say]:
+    check_versions(("torch", "transformers", "safetensors"))
+    check_tracker(config.report_to)
+    join_processes(patience=_PATIENCE)
+    check_processes(announce=not config.quiet)
+
+    def say(text: str) -> None:
+        if not config.quiet and is_main_process():
+            print(text, flush=True)
+
+    return open_data(config, say), say
+
+
+def _describe(config: LeretConfig, folder: Path) -> None:
+    if is_main_process():
+        write_run_files(folder, to_flat(config), command=sys.argv)
+
+
+def _plots(folder: Path) -> None:
+    """Draw what the rounds came to: recall against queries, training curves, dev by round."""
+    if not is_main_process():
+        return
+    from llmrl.leret.plots import recall_against_queries, rounds_on_dev, training_curves
+
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    rounds = sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))
+    for number, path in enumerate(rounds):
+        candidates = [c for file in sorted(path.glob("hop-*/candidates.jsonl")) for c in read_records(file, Candidate)]
+        recall_against_queries(plots / f"queries-{number}.png", group_candidates(candidates), f"round {number}")
+        stages = {name: path / name / "metrics.jsonl" for name in ("sft", "preference")}
+        found = {name: read_metrics(file) for name, file in stages.items() if file.is_file()}
+        if found:
+            training_curves(plots / f"training-{number}.png", found, f"round {number}")
+    dev = [folder / "dev-start.json", *(path / "dev.json" for path in rounds)]
+    means = [json.loads(file.read_text(encoding="utf-8")) for file in dev if file.is_file()]
+    if len(means) > 1:
+        rounds_on_dev(plots / "rounds.png", means)

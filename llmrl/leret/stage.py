@@ -1,0 +1,211 @@
+"""What both trainers of LeReT share: whole global batches in one order, and refusals when a resumed run is another one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, ProgressCallback
+
+from llmrl.base_model import context_length
+from llmrl.errors import DistributedError, OutputError
+from llmrl.leret.policy_files import Policy, save_policy
+from llmrl.leret.preference_data import Row, check_vocabulary, fit_to_length
+from llmrl.leret.train_settings import TrainSettings, steps_of
+from llmrl.rollout.seeds import derive_seed
+from llmrl.training.distributed import check_processes, is_main_process, world_size
+from llmrl.training.resume import list_checkpoints
+from llmrl.training.tracking import check_tracker
+
+logger = logging.getLogger(__name__)
+
+
+class WholeBatches(Sampler[int]):
+    """Row numbers of an epoch in an order drawn from (seed, epoch), as many as fill whole global batches.
+
+    With gradient accumulation the loader's own drop_last counts forwards, not steps, and an epoch would end in a smaller step
+    on one process and not on two.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; the trainer calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        return iter(torch.randperm(self.rows, generator=generator)[: len(self)].tolist())
+
+
+class Stage:
+    """Mixin before SafeCheckpoints: rows dealt out by WholeBatches, and facts of the run in every checkpoint.
+
+    Attributes:
+        run_facts: what a checkpoint must agree on with the run that resumes from it, beside world size and steps.
+    """
+
+    run_facts: dict[str, Any]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        args = self.args  # type: ignore[attr-defined]
+        batch_size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return WholeBatches(len(train_dataset or self.train_dataset), batch_size, args.data_seed)  # type: ignore[attr-defined]
+
+    def _facts(self) -> dict[str, Any]:
+        return {**super()._facts(), **self.run_facts}  # type: ignore[misc]
+
+
+def check_fresh(output_dir: Path | str, resume: str | bool | None) -> None:
+    """Refuse a folder that holds checkpoints when the run is not asked to go on from them.
+
+    Raises:
+        OutputError: says how to go on.
+    """
+    found = list_checkpoints(output_dir)
+    if found and not resume:
+        raise OutputError(
+            f"{output_dir} holds {found[-1].name} of an earlier run: go on with resume_from_checkpoint=latest, "
+            "or name another folder"
+        )
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a stage ended with.
+
+    Args:
+        folder: the trained model or adapter.
+        steps: updates taken since step 0.
+        rows: rows (pairs) trained on.
+        left_out: one line on rows that were too long, "" when there were none.
+        metrics: last value of every number in metrics.jsonl.
+    """
+
+    folder: Path
+    steps: int
+    rows: int
+    left_out: str
+    metrics: dict[str, float]
+
+
+def run_stage(
+    trainer: Any, policy: Policy, output_dir: Path, card: dict[str, Any], resume: str | bool | None, left_out: str
+) -> TrainResult:
+    """Train, save `<output_dir>/final`, and return the result; the last part of both stages, on every process."""
+    trainer.train(resume_from_checkpoint=resume)
+    found = {
+        key: value
+        for row in trainer.state.log_history
+        for key, value in row.items()
+        if isinstance(value, int | float)
+        and key not in ("step", "epoch")
+        and not key.endswith(("_runtime", "_per_second"))
+    }
+    metrics = dict(sorted(found.items()))  # the log that a checkpoint brings back has lost the order
+    steps, rows = trainer.state.global_step, len(trainer.train_dataset)
+    shown = [("training rows", rows), ("steps", steps), *metrics.items()]
+    card = {**card, "body": f"{card['body']}\n\n## Training\n\n{_table(shown)}"}
+    folder = save_policy(trainer, policy, output_dir, card)
+    return TrainResult(folder, steps, rows, left_out, metrics)
+
+
+def model_card(
+    policy: Policy, title: str, summary: str, facts: Mapping[str, Any], settings: TrainSettings
+) -> dict[str, Any]:
+    """Return arguments of `write_model_card`.
+
+    Args:
+        policy: what is trained.
+        title: first heading.
+        summary: one paragraph.
+        facts: what the caller knows: corpus fingerprint, retriever, reward, ...; `base` replaces the name of the base.
+        settings: of the stage.
+    """
+    facts = dict(facts)
+    base = facts.pop("base", policy.base_name)
+    load = "AutoPeftModelForCausalLM" if policy.is_lora else "AutoModelForCausalLM"
+    package = "peft" if policy.is_lora else "transformers"
+    options = [
+        (k, v) for k, v in settings.to_json().items() if k not in ("report_to", "quiet", "save_steps", "logging_steps")
+    ]
+    body = f"## Use\n\n    from {package} import {load}\n    model = {load}.from_pretrained(FOLDER)\n"
+    body += "\nPrompts are rendered with the chat template in this folder, the one of training.\n"
+    body += f"\n## Data\n\n{_table(facts.items())}\n" if facts else ""
+    body += f"\n## Settings\n\n{_table(options)}"
+    tags = ["leret", "retrieval", *(["peft", "lora"] if policy.is_lora else [])]
+    return {"title": title, "base_model": base, "summary": summary, "body": body, "tags": tags}
+
+
+def check_launch(arguments: Any) -> None:
+    """Refuse processes that would each train alone, and one that would split batches over several GPUs.
+
+    Raises:
+        DistributedError: names what to start.
+    """
+    if arguments.world_size != world_size():
+        raise DistributedError(
+            f"{world_size()} processes were started and each would train alone: start them with torchrun or accelerate launch"
+        )
+    if arguments.n_gpu > 1:
+        raise DistributedError(
+            f"one process sees {arguments.n_gpu} GPUs: start one a GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def prepare_stage(output_dir: Path | str, settings: TrainSettings, resume: str | bool | None) -> Path:
+    """Check folder, tracker and processes before anything is loaded; return the folder.
+
+    Raises:
+        OutputError: the folder holds checkpoints and the run is not asked to go on from them.
+        UsageError: the tracker is not installed.
+        DistributedError: fewer processes than were asked for.
+    """
+    check_tracker(settings.report_to)
+    check_processes(announce=not settings.quiet)
+    output_dir = Path(output_dir).expanduser()
+    check_fresh(output_dir, resume)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return output_dir
+
+
+def choose_rows(rows: Sequence[Row], policy: Policy, settings: TrainSettings) -> tuple[list[Row], str]:
+    """Return the rows that fit the model, and a line on those left out; see `fit_to_length` and `check_vocabulary`."""
+    check_vocabulary(rows, policy.bare.get_input_embeddings().weight.shape[0])
+    longest = context_length(policy.bare, policy.tokenizer)
+    if settings.max_length is not None:
+        longest = min(
+            settings.max_length, getattr(policy.bare.config, "max_position_embeddings", None) or settings.max_length
+        )
+    kept, left_out = fit_to_length(rows, longest, settings.long_rows)
+    steps = steps_of(settings, len(kept))
+    if is_main_process():
+        if left_out:
+            logger.warning("%s", left_out)
+        if settings.warmup_steps >= steps:
+            logger.warning(
+                "the learning rate rises over %d warm-up steps and the run has %d: lower warmup_steps",
+                settings.warmup_steps,
+                steps,
+            )
+    return kept, left_out
+
+
+def silence(trainer: Any) -> None:
+    """Take the printing callbacks off a trainer."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> str:
+    lines = [f"| {key} | {f'{value:.6g}' if isinstance(value, float) else value} |" for key, value in rows]
+    return "\n".join(["| | |", "| --- | --- |", *lines])
