@@ -104,7 +104,8 @@ def run_leret(argv: list[str], prog: str = "llmrl leret", action: str | None = N
     except Interrupted:
         raise
     except KeyboardInterrupt as stopped:
-        raise Interrupted(f"interrupted; the same command goes on with what is finished. {stopped}".rstrip()) from None
+        kept = str(stopped) or "the same command goes on with what is finished"
+        raise Interrupted(f"interrupted: {kept}") from None
     return EXIT_DONE
 
 

@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import Any, Literal
 
@@ -185,6 +185,21 @@ def patch_cpu_build() -> None:
         patch_cpu_lora()
         after_import("vllm.v1.worker.cpu_model_runner", _mend_cpu_runner)
         after_import("vllm.v1.sample.sampler", _count_ranks_uncompiled)
+        after_import("vllm.triton_utils.dispatcher", _read_plain_dicts_only)
+
+
+def _read_plain_dicts_only() -> None:
+    """Let vLLM start in a process where numba was imported, by bm25s for one.
+
+    It asks every object of every module for its `__dict__`; functions of llvmlite answer with another function.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def attributes(value: Any) -> Any:
+        found = value.__dict__
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = attributes  # in place of the builtin, in that module
 
 
 def _mend_cpu_runner() -> None:  # one function, as `after_import` runs one a module

@@ -1,4 +1,4 @@
-"""A corpus of dams, their builders and the builders' towns, questions of two hops about it, and a tiny model that writes queries.
+"""A corpus of dams, builders and their towns, questions of two hops about it, and a tiny model that writes queries.
 
 The files have the format of recipes/leret/data/hotpotqa. Chain i is two passages and one question with both as gold:
 
@@ -11,12 +11,16 @@ import json
 
 import torch
 
-PLANTS = "Alder Birch Cedar Dogwood Elder Foxglove Gorse Hazel Iris Juniper Kale Lilac Maple Nettle Oak Poplar".split()
-FIRST = "Abel Bruno Clara Doris Edgar Freda Gerda Hanno Ilse Jonas Karla Lotte Mark Nora Otto Paula".split()
-LAST = "Stone River Field Wood Hill Marsh Lake Brook Cliff Glen Heath Mead Ridge Shore Vale West".split()
-TOWNS = (
-    "Aachen Bonn Celle Dresden Emden Fulda Goslar Halle Ingolstadt Jena Kassel Lemgo Mainz Neuss Oldenburg Plauen"
-).split()
+# of each chain: dam, first and last name of its builder, town
+CHAINS = [
+    ("Alder", "Abel", "Stone", "Aachen"), ("Birch", "Bruno", "River", "Bonn"), ("Cedar", "Clara", "Field", "Celle"),
+    ("Dogwood", "Doris", "Wood", "Dresden"), ("Elder", "Edgar", "Hill", "Emden"), ("Foxglove", "Freda", "Marsh", "Fulda"),
+    ("Gorse", "Gerda", "Lake", "Goslar"), ("Hazel", "Hanno", "Brook", "Halle"), ("Iris", "Ilse", "Cliff", "Ingolstadt"),
+    ("Juniper", "Jonas", "Glen", "Jena"), ("Kale", "Karla", "Heath", "Kassel"), ("Lilac", "Lotte", "Mead", "Lemgo"),
+    ("Maple", "Mark", "Ridge", "Mainz"), ("Nettle", "Nora", "Shore", "Neuss"), ("Oak", "Otto", "Vale", "Oldenburg"),
+    ("Poplar", "Paula", "West", "Plauen"),
+]  # fmt: skip
+PLANTS, FIRST, LAST, TOWNS = map(list, zip(*CHAINS, strict=True))
 MODEL_SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "head_dim": 32, "max_position_embeddings": 512,
@@ -30,7 +34,7 @@ TEMPLATE = (
 def passages():
     """Return the rows of the corpus file."""
     rows = []
-    for i, (plant, first, last, town) in enumerate(zip(PLANTS, FIRST, LAST, TOWNS, strict=True)):
+    for i, (plant, first, last, town) in enumerate(CHAINS):
         built = f"{plant} Dam was built by {first} {last} in {1901 + i}."
         born = f"{first} {last} was born in {town} and studied engineering."
         rows += [
@@ -63,9 +67,9 @@ def write_rows(path, rows):
 def write_files(folder):
     """Write passages.jsonl.gz, train.jsonl.gz, dev.jsonl and test.jsonl; return `folder`."""
     write_rows(folder / "passages.jsonl.gz", passages())
-    write_rows(folder / "train.jsonl.gz", questions(range(8)))
-    write_rows(folder / "dev.jsonl", questions(range(8, 11)))
-    write_rows(folder / "test.jsonl", questions(range(11, 16)))
+    write_rows(folder / "train.jsonl.gz", questions(range(10)))
+    write_rows(folder / "dev.jsonl", questions(range(10, 13)))
+    write_rows(folder / "test.jsonl", questions(range(13, 16)))
     return folder
 
 
@@ -91,7 +95,7 @@ def make_tokenizer():
     )  # fmt: skip
 
 
-def write_model(folder, *, steps=60, seed=0):
+def write_model(folder, *, steps=40, seed=0):
     """Write a tiny Qwen2 that answers with a few words of this world and an end token; it has not learned which."""
     import transformers
 

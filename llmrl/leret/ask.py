@@ -8,7 +8,7 @@ not depend on order, shards that survive a kill, rows shared over processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,7 +42,8 @@ class Answer:
     Attributes:
         query: the query that was read from it; "" means that nothing more is to be searched.
         token_ids: as the engine sampled them, the end token included; empty for a rule.
-        exact: the sampled tokens are the query and an end token and nothing else, so they can be trained on as they are.
+        exact: the sampled tokens are the query, white space around it and an end token, nothing else, so they can be trained
+            on as they are.
         finish: why sampling stopped; None for a rule.
     """
 
@@ -54,7 +55,9 @@ class Answer:
 
 @dataclass
 class AskTally:
-    """What asking cost: wall-clock seconds and sampled tokens of this process, and episodes that failed."""
+    """What asking cost: wall-clock seconds; and over all processes and what lay there before, answers and their tokens,
+    and episodes that failed, with the first error.
+    """
 
     seconds: float = 0.0
     tokens: int = 0
@@ -99,6 +102,7 @@ class EngineAsker:
         self.engine, self.format, self.fingerprint = engine, prompt_format, fingerprint
         self.concurrency, self.quiet = concurrency, quiet
         self.tally = AskTally()
+        self._control = frozenset(engine.tokenizer.all_special_ids)
 
     def ask(
         self, asks: Sequence[Ask], *, samples: int, temperature: float, seed: int, folder: Path
@@ -111,9 +115,13 @@ class EngineAsker:
         """
         if not asks:
             return {}
-        rows = [{"id": ask.key, "messages": [m.to_json() for m in self.messages(ask)]} for ask in asks]
         begun = time.perf_counter()
-        # vLLM shares a prefix that is in its cache; neighbours in the file are neighbours in time
+        # sorted, the rows are the same run in any order of the questions, and those of one question are neighbours in time:
+        # vLLM shares a prefix that is in its cache
+        rows = [
+            {"id": ask.key, "messages": [m.to_json() for m in self.messages(ask)]}
+            for ask in sorted(asks, key=lambda ask: ask.key)
+        ]
         run_episodes(
             self.engine,
             rows,
@@ -145,7 +153,7 @@ class EngineAsker:
             if record["error"] is not None or turn is None:
                 errors.append(record["error"] or "no answer")
                 continue
-            answers[key] = _answer(turn)
+            answers[key] = _answer(turn, self._control)
             self.tally.tokens += len(turn["token_ids"])
         self.tally.answers += len(answers)
         self.tally.failed += len(errors)
@@ -172,11 +180,13 @@ class _OneAnswer:
         return Step(done=True)
 
 
-def _answer(turn: Mapping[str, Any]) -> Answer:
+def _answer(turn: Mapping[str, Any], control: Collection[int]) -> Answer:
     text, ids = turn["message"]["content"], tuple(turn["token_ids"])
     query = read_query(text)
     ended = turn["finish_reason"] == FinishReason.STOP
-    return Answer(query, ids, ended and text.strip() == query, turn["finish_reason"])
+    # the text shows no control token, so one in the middle of the answer would be trained unseen
+    plain = text.strip() == query and not any(token in control for token in ids[:-1])
+    return Answer(query, ids, ended and plain, turn["finish_reason"])
 
 
 class RuleAsker:
@@ -209,25 +219,29 @@ def written_ids(tokenizer: Any, messages: Sequence[Message], query: str) -> tupl
     """Return the ids of a query that was not sampled as it stands: what the template writes for it, up to the end token.
 
     Raises:
-        DataError: the template writes no end token behind an answer, so a model could not learn to stop.
+        DataError: the template writes an answer otherwise than it asks for one, or without an end token behind it.
     """
     options = {"tokenize": False}
     shown = [message.to_json() for message in messages]
     before = tokenizer.apply_chat_template(shown, add_generation_prompt=True, **options)
-    whole = tokenizer.apply_chat_template([*shown, {"role": "assistant", "content": query}], **options)
-    if not whole.startswith(before):
+    answered = tokenizer.apply_chat_template([*shown, {"role": "assistant", "content": query}], **options)
+    if not answered.startswith(before):
         raise DataError(
             "the chat template writes an answer otherwise than it asks for one; its queries cannot be trained"
         )
-    ids, prompt = (tokenizer.encode(text, add_special_tokens=False) for text in (whole, before))
+    # by the conversation, which spells the name of a control token in a query as ordinary text
+    conversation = Conversation(tokenizer)
+    conversation.add(*messages, Message("assistant", query))
+    whole = tuple(token for turn in conversation.turns for token in turn.token_ids)
+    prompt = prompt_ids(tokenizer, messages)
     # where the boundary merges into one token, the answer is encoded by itself, as it would have been sampled
     ids = (
-        ids[len(prompt) :]
-        if ids[: len(prompt)] == prompt
-        else tokenizer.encode(whole[len(before) :], add_special_tokens=False)
+        whole[len(prompt) :]
+        if whole[: len(prompt)] == prompt
+        else tuple(tokenizer.encode(answered[len(before) :], add_special_tokens=False))
     )
     special = set(tokenizer.all_special_ids)
     end = next((i for i, token in enumerate(ids) if token in special), None)
     if end is None:
         raise DataError("the chat template writes no end token behind an answer; a model could not learn to stop")
-    return tuple(ids[: end + 1])
+    return ids[: end + 1]

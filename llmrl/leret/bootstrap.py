@@ -13,9 +13,10 @@ from pathlib import Path
 
 from llmrl.leret.explore import Explorer
 from llmrl.leret.play import play
-from llmrl.leret.prompts import Demo, PromptFormat, PromptStyle
+from llmrl.leret.prompts import BARE, Demo, PromptFormat, PromptStyle
 from llmrl.leret.questions import Question
 from llmrl.leret.records import Group
+from llmrl.leret.rewards import recall
 from llmrl.rollout.seeds import derive_seed
 
 TRIED_PER_KEPT = 4
@@ -67,14 +68,17 @@ def bootstrap_styles(
 
 
 def successes(groups: Sequence[Group], questions: Sequence[Question], explorer: Explorer) -> list[Demo]:
-    """Return a worked example for each question: the query of its last hop that raised the reward most, if one did."""
+    """Return a worked example for each question: of its last hop that found a missing gold document, the best query that did.
+
+    A question that was searched for as it stands (`question_first`) is nobody's example.
+    """
     texts = {question.id: question.text for question in questions}
     gold = {question.id: question.gold for question in questions}
     best: dict[str, Demo] = {}
     for group in sorted(groups, key=lambda group: (group.question_id, group.hop)):
         context = explorer.context(group.state)
-        before = explorer.settings.reward(context, gold[group.question_id]) if context else 0.0
-        tried = [c for c in group.candidates if c.query.strip() and c.ap > 0 and c.reward > before]
+        before = recall(context, gold[group.question_id])
+        tried = [c for c in group.candidates if c.prompt_name == BARE and c.query.strip() and c.recall > before]
         if tried:
             winner = max(tried, key=lambda c: (c.reward, -len(c.query), c.query))
             passages = tuple((explorer.corpus.by_id[i].title, explorer.corpus.by_id[i].text) for i in context)

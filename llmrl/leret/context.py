@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from llmrl.errors import DataError, UsageError, did_you_mean
 from llmrl.types import Record
@@ -37,9 +37,6 @@ class Scored(Protocol):
     @property
     def score(self) -> float:
         """Raw score of the retriever, greater is better."""
-
-
-_H = TypeVar("_H", bound=Scored)
 
 
 @dataclass(frozen=True)
@@ -136,13 +133,3 @@ def merge(state: SearchState, rule: str = "hop_order") -> tuple[str, ...]:
             else:
                 weight[passage] = weight.get(passage, 0.0) + 1 / (RRF_K + rank)
     return tuple(sorted(order, key=lambda passage: -weight[passage]))  # sorted is stable: equals stay in order
-
-
-def unseen(state: SearchState, hits: Sequence[_H], k: int) -> list[_H]:
-    """Return the first k hits that the state has not seen; `unseen_k` hits are enough to find them all."""
-    return [hit for hit in hits if hit.id not in state.seen][:k]
-
-
-def unseen_k(state: SearchState, k: int) -> int:
-    """Return how many hits to ask a retriever for, so that k of them are new if the corpus has as many."""
-    return k + len(state.seen)

@@ -79,20 +79,23 @@ def evaluate(
 def systems_of(opened: Opened) -> list[tuple[str, str | None, str | None]]:
     """Return what `eval` was asked to play: the policy, its base where it is an adapter, and --systems."""
     config = opened.config
-    if config.policy == "rules":
-        return []
-    model, adapter = (
-        model_and_adapter(str(config.model), None) if config.adapter is None else (config.model, config.adapter)
-    )
-    rows: list[tuple[str, str | None, str | None]] = [(POLICY, model, adapter)]
-    if adapter is not None:
-        rows.append((BASE, model, None))
+    rows: list[tuple[str, str | None, str | None]] = []
+    model = None
+    if config.policy == "model":
+        model, adapter = (
+            model_and_adapter(str(config.model), None) if config.adapter is None else (config.model, config.adapter)
+        )
+        rows.append((POLICY, model, adapter))
+        if adapter is not None:
+            rows.append((BASE, model, None))
     for text in config.systems:
         name, equals, path = text.partition("=")
         if not equals or not name or not path:
             raise UsageError(f"--systems {text}: expected NAME=FOLDER")
         if name in (QUESTION, QUESTION_TOP, *(row[0] for row in rows)):
             raise UsageError(f"--systems {text}: the name '{name}' is taken")
+        if "/" in name or name.startswith("."):
+            raise UsageError(f"--systems {text}: the name of a row is a word, without / or a dot in front")
         rows.append((name, *model_and_adapter(path, model)))
     return rows
 
@@ -109,7 +112,10 @@ def _play_model(
 ) -> list[System]:
     """Play one model in the bare style, and in those of --prompts."""
     own = load_setup(adapter, model)
-    used = replace(opened, setup=replace(opened.setup, format=own.format)) if own else opened
+    used = opened
+    if own is not None:
+        own_format = replace(own.format, max_tokens=opened.config.max_tokens or own.format.max_tokens)
+        used = replace(opened, setup=replace(opened.setup, format=own_format))
     styles = [used.bare, *(used.styles if opened.config.prompts else ())]
     systems = []
     with open_asker(used, model, adapter) as asker:
@@ -119,6 +125,11 @@ def _play_model(
             systems.append(play(label, explorer, questions.questions, style, folder / "answers" / label))
             means = systems[-1].means()
             say(f"{label}: recall {means['recall']:.3f}, AP {means['ap']:.3f}")
+        if asker.tally.failed:
+            say(
+                f"{name}: {asker.tally.failed} of {asker.tally.failed + asker.tally.answers} prompts got no answer "
+                f"({asker.tally.failure:.120}); their searches ended there"
+            )
     return systems
 
 

@@ -2,7 +2,7 @@
 
     hop-1/candidates.jsonl     every query that was tried, with its hits, reward and return
     hop-1/answers-T/           the engine's own record of the answers at temperature T (shards)
-    hop-1/futures-.../         of sampled futures
+    hop-1/futures/             of sampled futures, hop by hop
 
 A hop whose candidates lie there is not done again, so a run that was killed goes on at its hop, and within it at the
 answers that were there. Which context goes on is a function of the candidates and the seed.
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+from llmrl.errors import UsageError
 from llmrl.leret.ask import Answer, Ask, Asker
 from llmrl.leret.context import SearchState, extend, merge, up_to
 from llmrl.leret.corpus import Corpus
@@ -113,9 +114,12 @@ class Explorer:
             folder: of the round; what lies there is kept.
 
         Raises:
-            EngineError: the engine died or the retriever finds nothing; what is finished is kept.
+            EngineError: the engine died; what is finished is kept, here and below.
+            RetrieverError: the retriever failed, or finds nothing for most queries.
+            UsageError: two styles of one name, or futures without a bare style to play them in.
         """
         folder = Path(folder)
+        self._check(styles)
         by_id = {question.id: question for question in questions}
         gold = {question.id: question.gold for question in questions}
         states = [SearchState(question.id) for question in questions]
@@ -142,7 +146,7 @@ class Explorer:
         """Play on from states of one hop to the last hop, always in `style`; an empty query ends a search early.
 
         Args:
-            states: where to begin; all have done the same number of hops.
+            states: where to begin, all different; all have done the same number of hops.
             questions: by id.
             style: how to ask.
             folder: of the answers; what lies there is kept.
@@ -158,7 +162,7 @@ class Explorer:
         hop = states[0].hop if states else 0
         while live and hop < self.settings.hops:
             hop += 1
-            now = {f"{i}|{ends[i][s].key}|{s}": (i, s) for i, s in live}
+            now = {f"{ends[i][s].question_id}|{ends[i][s].key}|{s}": (i, s) for i, s in live}
             asks = [self._ask(name, ends[i][s], questions, style) for name, (i, s) in now.items()]
             answers = self._ask_all(hop, asks, style, temperature, Path(folder) / f"hop-{hop}")
             # a prompt without an answer ends its search with what was found, as an empty query does
@@ -172,6 +176,16 @@ class Explorer:
     def context(self, state: SearchState) -> tuple[str, ...]:
         """Return the passages of a state in the order of prompt and reward."""
         return merge(state, self.settings.merge)
+
+    def _check(self, styles: Sequence[PromptStyle]) -> None:
+        names = [style.name for style in styles]
+        twice = next((name for name in names if names.count(name) > 1 or name == STOP), None)
+        if twice is not None:
+            raise UsageError(f"the name '{twice}' of a prompt style is taken: give each a name of its own")
+        if self.settings.returns != "greedy" and BARE not in names:
+            raise UsageError(
+                f"returns '{self.settings.returns}' plays futures in the style '{BARE}', which is not there"
+            )
 
     def _ask_all(
         self, hop: int, asks: Sequence[Ask], style: PromptStyle, temperature: float, folder: Path
@@ -233,7 +247,7 @@ class Explorer:
                     [self._ask(name, by_key[key], questions, style) for name, (key, style) in asks.items()],
                     samples=self.settings.samples,
                     temperature=temperature,
-                    seed=derive_seed(self.settings.seed, "explore", hop),
+                    seed=derive_seed(self.settings.seed, "explore", hop, f"{temperature:g}"),
                     folder=folder / f"answers-{temperature:g}",
                 )
                 for (name, sample), answer in answers.items():

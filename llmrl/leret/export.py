@@ -2,7 +2,7 @@
 
 Every row's prompt is the bare one, whichever style wrote the query. Its ids come from the function that prompted the
 engine. A completion's ids are those the engine sampled, end token included; only a query that was cut out of a longer
-answer, or written by a rule, is encoded, and its row says so.
+answer, or that nobody sampled (the question, a stop), is encoded as the chat template writes it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def write_rows(
 ) -> dict[str, int]:
     """Write sft.jsonl, pairs.jsonl and grpo.jsonl; return the number of rows of each, and of queries that were encoded.
 
+    A pair whose two queries the tokenizer cannot tell apart is left out: there is nothing to prefer.
+
     Args:
         folder: of the round.
         groups: of all hops.
@@ -50,6 +52,7 @@ def write_rows(
             row.update(ids.columns(target.state, render, completion_ids=target.query))
         for row, pair in zip(preferences, pairs, strict=True):
             row.update(ids.columns(pair.state, render, chosen_ids=pair.chosen, rejected_ids=pair.rejected))
+        preferences = [row for row in preferences if row["chosen_ids"] != row["rejected_ids"]]
         encoded = ids.encoded
     grpo = grpo_rows(groups, render)
     for name, rows in ((SFT_FILE, sft), (PAIRS_FILE, preferences), (GRPO_FILE, grpo)):
@@ -58,17 +61,17 @@ def write_rows(
 
 
 class _Ids:
-    """Finds the ids of prompts and queries; equal ones are looked up once."""
+    """Finds the ids of prompts and queries, each once; `encoded` counts the queries that were not sampled as they stand."""
 
     def __init__(self, groups: Sequence[Group], tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._sampled: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._queries: dict[tuple[str, str], tuple[int, ...]] = {}
         self._prompts: dict[str, tuple[int, ...]] = {}
         self.encoded = 0
         for group in groups:
             for candidate in group.candidates:
                 if candidate.token_ids:
-                    self._sampled.setdefault((group.state.key, candidate.query), candidate.token_ids)
+                    self._queries.setdefault((group.state.key, candidate.query), candidate.token_ids)
 
     def columns(self, state: SearchState, render: Render, **queries: str) -> Mapping[str, list[int]]:
         """Return the columns of token ids of one row."""
@@ -77,9 +80,8 @@ class _Ids:
             self._prompts[state.key] = prompt_ids(self.tokenizer, messages)
         columns = {"prompt_ids": list(self._prompts[state.key])}
         for name, query in queries.items():
-            ids = self._sampled.get((state.key, query))
-            if ids is None:
-                ids = written_ids(self.tokenizer, messages, query)
+            if (state.key, query) not in self._queries:
+                self._queries[state.key, query] = written_ids(self.tokenizer, messages, query)
                 self.encoded += 1
-            columns[name] = list(ids)
+            columns[name] = list(self._queries[state.key, query])
         return columns

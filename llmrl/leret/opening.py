@@ -187,7 +187,12 @@ def _setup(config: LeretConfig) -> SearchSetup:
         prompt_format = replace(prompt_format, max_tokens=config.max_tokens)
     changes = {name: getattr(config, name) for name in ("hops", "k", "merge", "unseen_only", "question_first")}
     changes = {name: value for name, value in changes.items() if value is not None}
-    return replace(own, format=prompt_format, notes={}, **changes)
+    setup = replace(own, format=prompt_format, notes={}, **changes)
+    if setup.question_first and setup.hops == 1:
+        raise UsageError(
+            "question_first leaves nothing to write with one hop: give --hops 2, or --question_first false"
+        )
+    return setup
 
 
 def _styles(config: LeretConfig, setup: SearchSetup) -> tuple[PromptStyle, ...]:

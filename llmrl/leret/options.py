@@ -16,6 +16,7 @@ REWARDS = ("ap", "recall", "mrr", "ndcg", "all_gold", "ap_gain", "recall_gain", 
 STATE_RULES = ("bucket", "top1", "softmax", "beam")
 PAIRS = ("adjacent", "all", "best_worst")
 LERET, PAPER = "leret", "leret-paper"
+GAINS = ("ap_gain", "recall_gain", "marginal")
 
 # What a preset says where the user said nothing. docs/leret.md explains every line that differs.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ipo_reduction": "sum", "beta": 0.05, "loss": "ipo", "partition": "full",
     },
 }  # fmt: skip
+
+_OF_RULES: dict[str, Any] = {"samples": 1, "temperature": [0.0], "few_shot_prompts": 0, "returns": "greedy"}
 
 
 @dataclass
@@ -62,8 +65,8 @@ class LeretConfig:
     unseen_only: bool | None = option(
         None, help="later hops return passages that were not found before (default: false)"
     )
-    question_first: bool = option(
-        False, help="hop 1 searches with the question itself, and the model writes from hop 2 on"
+    question_first: bool | None = option(
+        None, help="hop 1 searches with the question itself, and the model writes from hop 2 on (default: false)"
     )
     merge: str | None = option(None, choices=MERGES, help="order of passages in prompt and reward")
 
@@ -139,14 +142,18 @@ class LeretConfig:
     quiet: bool = option(False, help="print errors only")
 
     def __post_init__(self) -> None:
-        for name, value in PRESETS[self.preset].items():
+        preset = dict(PRESETS[self.preset])
+        if self.policy == "rules":  # a rule says one thing
+            self._check_rules()
+            preset.update(_OF_RULES)
+        for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.policy == "rules":  # a rule says one thing
-            self.samples, self.temperature, self.few_shot_prompts = 1, [0.0], 0
         self._check_given()
         self._check_ranges()
-        self.sampling(0.0)
+        self._check_combinations()
+        for temperature in self.temperature or ():
+            self.sampling(temperature)
 
     def _check_given(self) -> None:
         for name, what in (
@@ -188,21 +195,48 @@ class LeretConfig:
         for name in ("discount", "near_duplicate"):
             if not 0 < getattr(self, name) <= 1:
                 raise UsageError(f"--{name} must be above 0 and at most 1, got {getattr(self, name)}")
+
+    def _check_combinations(self) -> None:
         if self.question_first and self.hops == 1:
             raise UsageError("--question_first leaves nothing to write with --hops 1")
         if self.reference == "base" and self.tuning == "full":
             raise UsageError("--reference base needs --tuning lora, whose adapter can be switched off")
+        if self.adapter is not None and self.tuning == "full":
+            raise UsageError(
+                "--tuning full trains a whole model: merge --adapter into its base first, or use --tuning lora"
+            )
+        if self.returns != "greedy" and self.reward in GAINS:
+            raise UsageError(
+                f"--reward {self.reward} is of one hop and says nothing of later ones: use --returns greedy, or --reward "
+                f"{'recall' if self.reward == 'recall_gain' else 'ap'}"
+            )
+        if not self.temperature or len(set(self.temperature)) < len(self.temperature):
+            raise UsageError(f"--temperature must be one or several different numbers, got {self.temperature}")
+
+    def _check_rules(self) -> None:
+        """Rules write by themselves: what is asked of a model has no meaning."""
+        for name in ("model", "adapter", "prompts"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"--policy rules asks no model: leave out --{name}, or --policy rules")
+        for name, value in _OF_RULES.items():
+            if getattr(self, name) not in (None, value):
+                raise UsageError(f"--policy rules takes no --{name} {getattr(self, name)}: a rule says one thing")
 
     def sampling(self, temperature: float) -> SamplingConfig:
         """Return how a query is drawn at one of the temperatures."""
-        return SamplingConfig(temperature=temperature, max_tokens=self.max_tokens or 64)
+        return SamplingConfig(temperature=temperature, max_tokens=64 if self.max_tokens is None else self.max_tokens)
 
 
 def given(config: LeretConfig) -> dict[str, Any]:
-    """Return the options that describe the run itself: without folders, resources and what only changes the output."""
+    """Return the options that describe the run itself: without folders, resources and what only changes the output.
+
+    Files of passages, questions and prompts are known by what they hold, not by where they lie.
+    """
     left_out = {
         "output_dir", "overwrite", "quiet", "resume_from_checkpoint", "report_to", "cache_dir", "rollout_backend", "server_url",
         "batch_size", "micro_batch_size", "bootstrap_draws", "systems", "rules", "test_questions", "save_steps", "force",
-        "gradient_checkpointing", "rounds", "patience",
+        "gradient_checkpointing", "patience", "passages", "questions", "dev_questions", "prompts",
     }  # fmt: skip
+    if config.partition == "full":  # a disjoint partition deals the questions by the number of rounds
+        left_out.add("rounds")
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in left_out}

@@ -12,22 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmrl.errors import ConfigError, DataError
+from llmrl.errors import ConfigError, DataError, LlmrlError
 from llmrl.files import write_json
 from llmrl.leret.corpus import Passage
 from llmrl.types import Message, Record
 
 PROMPT_FILE = "search_prompt.json"
 BARE = "bare"
-NO_PASSAGES = "none yet"
 _QUOTES = "\"'`“”"
+_THINKING, _THOUGHT = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
 class Demo(Record):
     """One worked example: a question, what had been found, and a query that found more.
 
-    `passages` are (title, text) pairs as they stood in the prompt.
+    `passages` are (title, text) pairs as they stood in the prompt; `hop` is the one it was written in, counted from 1.
     """
 
     question: str
@@ -154,14 +154,18 @@ def one_line(text: str) -> str:
 
 
 def read_query(answer: str) -> str:
-    """Return the query in a model's answer: its first line with words, without a label or quotes around it; "" if none."""
+    """Return the query in a model's answer: its first line with words, without a label or quotes around it; "" if none.
+
+    What a reasoning model thinks before it answers is no query, finished or not.
+    """
+    answer = answer.rpartition(_THOUGHT)[2] if _THOUGHT in answer else answer.partition(_THINKING)[0]
     line = next((line.strip() for line in answer.splitlines() if line.strip()), "")
     label, colon, rest = line.partition(":")
     if colon and label.strip().lower() in ("query", "search query", "search"):
         line = rest.strip()
-    while len(line) > 1 and line[0] in _QUOTES and line[-1] in _QUOTES:
+    while len(line) > 1 and line[0] in _QUOTES and line[-1] in _QUOTES and not {line[0], line[-1]} & set(line[1:-1]):
         line = line[1:-1].strip()
-    return one_line(line.strip(_QUOTES) if not line.strip(_QUOTES + " ") else line)
+    return one_line(line) if line.strip(_QUOTES + " ") else ""
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def load_setup(*folders: Path | str | None) -> SearchSetup | None:
         if path is not None and path.is_file():
             try:
                 return SearchSetup.from_json(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, LlmrlError) as error:
                 raise DataError(f"{path}: not a search prompt: {error}") from None
     return None
 

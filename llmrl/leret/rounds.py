@@ -30,7 +30,7 @@ from llmrl.leret.evaluate import report_json
 from llmrl.leret.explore import Explorer
 from llmrl.leret.export import PAIRS_FILE, SFT_FILE, write_rows
 from llmrl.leret.headroom import headroom, headroom_table, refuse_reason
-from llmrl.leret.opening import Opened, Say, open_asker
+from llmrl.leret.opening import Opened, Say, model_and_adapter, open_asker
 from llmrl.leret.options import LeretConfig
 from llmrl.leret.pairs import PairRule
 from llmrl.leret.partitions import partition_rounds, shuffled, slice_questions
@@ -52,6 +52,14 @@ class Learner:
 
     model: str | None
     adapter: str | None
+
+
+def first_learner(opened: Opened) -> Learner:
+    """Return what the first round starts from: the model of the options, an adapter on its base, or nothing (rules)."""
+    config = opened.config
+    if config.model is None or config.adapter is not None:
+        return Learner(config.model, config.adapter)
+    return Learner(*model_and_adapter(config.model, None))
 
 
 def explore_round(opened: Opened, number: int, learner: Learner, folder: Path, say: Say) -> dict[str, Any]:
@@ -105,15 +113,16 @@ def explore_round(opened: Opened, number: int, learner: Learner, folder: Path, s
 
 
 def summary_line(seconds: dict[str, float], tally: AskTally, searches: int) -> str:
-    """Return what exploring cost, and the share of it that is not generation."""
-    ours = sum(seconds[name] for name in ("retrieval", "scoring", "pairs"))
+    """Return what exploring cost, and the share of it that is not generation: reading and writing files included."""
     working = seconds["all"] - seconds["start"]
+    files = max(0.0, working - sum(seconds[name] for name in ("generation", "retrieval", "scoring", "pairs")))
+    ours = max(0.0, working - seconds["generation"])
     failed = f", {tally.failed} failed ({tally.failure:.120})" if tally.failed else ""
     return (
         f"explored in {working:.1f} s: {tally.answers} answers ({tally.tokens:,} tokens){failed} in "
         f"{seconds['generation']:.1f} s, {searches} searches in {seconds['retrieval']:.1f} s, scoring "
-        f"{seconds['scoring']:.1f} s, pairs {seconds['pairs']:.1f} s: "
-        f"retrieval, scoring and pairs are {ours / max(working, 1e-9):.1%}"
+        f"{seconds['scoring']:.1f} s, pairs {seconds['pairs']:.1f} s, files {files:.1f} s: "
+        f"all but the answers is {ours / max(working, 1e-9):.1%}"
     )
 
 
@@ -153,7 +162,7 @@ def run_rounds(opened: Opened, output_dir: Path, say: Say) -> Path:
         DataError: there is nothing to learn; the headroom report says why. `force` trains all the same.
     """
     config = opened.config
-    learner = Learner(config.model, config.adapter)
+    learner = first_learner(opened)
     start = top = _dev_recall(opened, learner, output_dir / "dev-start.json", "before training", say)
     best: tuple[Learner, float | None] | None = None
     waited = 0
@@ -199,7 +208,7 @@ def _all_styles(
     styles = [opened.bare, *opened.styles]
     if config.few_shot_prompts:
         settings = replace(explorer.settings, samples=1, temperatures=(0.0,), returns="greedy")
-        maker = Explorer(explorer.asker, opened.searcher(), opened.corpus, settings)
+        maker = replace(explorer, settings=settings)  # one asker, searcher and clock, so that the summary counts it
         made, how = bootstrap_styles(
             maker, opened.setup.format, few_shot, folder / "few-shot",
             styles=config.few_shot_prompts, demos=config.few_shot_demos, seed=seed,

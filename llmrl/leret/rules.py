@@ -6,7 +6,7 @@ what the prompt shows: the title and the first `shown_words` words. The parts th
     question    every word of the question
     content     its words without function words
     rest        its content words that are in no title of a passage: what is still to be found
-    names       capitalised words of a passage that are neither in the question nor in its title, each once: where to go on
+    names       capitalised words of a passage that stand nowhere before it and not in its title, each once: where to go on
 
 Words are runs of letters and digits; two are the same if they differ in case alone. Order, punctuation and repeated words
 mean nothing to BM25. A rule whose parts are all empty copies the content words, or else the whole question.
@@ -17,20 +17,21 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Protocol
 
 SHOWN_WORDS = 40
 _POSSESSIVE = re.compile(r"['\u2019]s\b")
 _WORD = re.compile(r"[^\W_]+")
 
-FUNCTION_WORDS = frozenset(
-    """a about after all also am an and another any are as at be been before being both but by can could d did do does during
-    each either for from had has have having he her his how i if in into is it its ll m me more most my no nor not of on one
-    or other our out over re s same she should so some such t than that the their them then there these they this those to
-    two under until up us ve was we were what when where whether which while who whom whose why will with would you your
-    """.split()
+_FUNCTION_WORDS = (
+    "a about after all also am an and another any are as at be been before being both but by can could d did do does during "
+    "each either for from had has have having he her his how i if in into is it its ll m me more most my no nor not of on one "
+    "or other our out over re s same she should so some such t than that the their them then there these they this those to "
+    "two under until up us ve was we were what when where whether which while who whom whose why will with would you your"
 )
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 class Shown(Protocol):
@@ -69,11 +70,13 @@ def capitalised(question: str) -> list[str]:
     return [word for word in content(question) if word[0].isupper()]
 
 
-def names(question: str, passage: Shown, shown_words: int = SHOWN_WORDS) -> list[str]:
-    """Return the capitalised words a passage shows that are neither in the question nor in its title, each once."""
-    seen = _keys([*words(question), *words(passage.title)]) | FUNCTION_WORDS
+def names(question: str, passages: Sequence[Shown], index: int, shown_words: int = SHOWN_WORDS) -> list[str]:
+    """Return the capitalised words of one passage that are not in the question, an earlier passage or its title, each once."""
+    shown = [words(" ".join(passage.text.split()[:shown_words])) for passage in passages[: index + 1]]
+    titles = [word for passage in passages[: index + 1] for word in words(passage.title)]
+    seen = _keys([*words(question), *titles, *chain.from_iterable(shown[:-1])]) | FUNCTION_WORDS
     found: dict[str, str] = {}
-    for word in words(" ".join(passage.text.split()[:shown_words])):
+    for word in shown[-1]:
         if word[0].isupper() and word.casefold() not in seen:
             found.setdefault(word.casefold(), word)
     return list(found.values())
@@ -90,12 +93,12 @@ def best_title(question: str, passages: Sequence[Shown]) -> int | None:
     return max(range(len(passages)), key=share, default=None)
 
 
-def _keys(found: object) -> frozenset[str]:
-    return frozenset(word.casefold() for word in found)  # type: ignore[attr-defined]
+def _keys(found: Iterable[str]) -> frozenset[str]:
+    return frozenset(word.casefold() for word in found)
 
 
 def _names_of(question: str, passages: Sequence[Shown], index: int | None) -> list[str]:
-    return names(question, passages[index]) if index is not None and index < len(passages) else []
+    return names(question, passages, index) if index is not None and index < len(passages) else []
 
 
 def _rule(*parts: Callable[[str, Sequence[Shown]], list[str]]) -> Rule:

@@ -15,7 +15,7 @@ from llmrl.leret.headroom import headroom_table, refuse_reason
 from llmrl.leret.opening import Opened, Say, model_and_adapter, open_data
 from llmrl.leret.options import LeretConfig
 from llmrl.leret.records import Candidate, group_candidates, read_records
-from llmrl.leret.rounds import Learner, explore_round, run_rounds
+from llmrl.leret.rounds import explore_round, first_learner, run_rounds
 from llmrl.leret.run_folder import RUN_FILE, claimed_folder, identity
 from llmrl.training.distributed import check_processes, is_main_process, join_processes
 from llmrl.training.metrics import read_metrics
@@ -32,7 +32,7 @@ def explore(config: LeretConfig) -> dict[str, Any]:
     opened, say = _begin(config)
     with claimed_folder(str(config.output_dir), identity(opened), overwrite=config.overwrite, file=RUN_FILE) as folder:
         _describe(config, folder)
-        report = explore_round(opened, 0, Learner(config.model, config.adapter), folder / "round-0", say)
+        report = explore_round(opened, 0, first_learner(opened), folder / "round-0", say)
         reason = refuse_reason(report)
         say(headroom_table(report))
         say(f"nothing to learn: {reason}" if reason else f"rows for training: {folder / 'round-0'}")
@@ -45,6 +45,8 @@ def train(config: LeretConfig) -> dict[str, Any] | None:
         raise UsageError(
             "--policy rules has no model to train; llmrl leret explore writes pairs that any model can learn from"
         )
+    if not (config.sft_epochs or config.epochs):
+        raise UsageError("nothing to train: --sft_epochs and --epochs are both 0")
     opened, say = _begin(config)
     with claimed_folder(str(config.output_dir), identity(opened), overwrite=config.overwrite, file=RUN_FILE) as folder:
         _describe(config, folder)
@@ -53,8 +55,9 @@ def train(config: LeretConfig) -> dict[str, Any] | None:
         say(f"policy: {final}")
         if opened.test is None:
             return None
-        base = str(config.model)
-        models = [(POLICY, *model_and_adapter(str(final), base)), (BASE, base, config.adapter)]
+        start = first_learner(opened)
+        base = str(start.model)
+        models = [(POLICY, *model_and_adapter(str(final), base)), (BASE, base, start.adapter)]
         sft = folder / "round-0" / "sft" / "final"
         if config.rounds == 1 and sft.is_dir() and config.epochs:
             models.append(("sft", *model_and_adapter(str(sft), base)))

@@ -11,12 +11,20 @@ from typing import Any
 
 from llmrl.errors import OutputError
 from llmrl.files import check_output_dir, write_json
+from llmrl.leret.corpus import fingerprint
 from llmrl.leret.opening import Opened
 from llmrl.leret.options import given
+from llmrl.leret.questions import QuestionSet
 from llmrl.rollout.run_folder import lock_run
 from llmrl.training.distributed import barrier, is_main_process
 
-RUN_FILE = "leret.json"
+RUN_FILE, CACHE = "leret.json", "cache"
+# what is removed by --overwrite: of rounds, of evaluations, of both
+_WRITTEN = (
+    "round-*", "policy", ".policy.*", "dev-start", "dev-start.json", "test", "answers", "report.json", "report.md",
+    "outcomes.jsonl", "plots", "config.resolved.yaml", "env.json",
+    ".*.json.*", ".report.md.*", ".outcomes.jsonl.*", ".config.resolved.yaml.*",
+)  # fmt: skip
 
 
 def identity(opened: Opened) -> dict[str, Any]:
@@ -26,9 +34,19 @@ def identity(opened: Opened) -> dict[str, Any]:
         "options": given(config),
         "corpus": opened.corpus.fingerprint,
         "retriever": opened.retriever.fingerprint,
-        "questions": sorted(question.id for question in opened.questions.questions),
+        "questions": _fingerprint(opened.questions),
+        "dev_questions": _fingerprint(opened.dev),
         "setup": opened.setup.to_json(),
+        "prompts": fingerprint(style.to_json() for style in opened.styles),
     }
+
+
+def _fingerprint(questions: QuestionSet | None) -> str | None:
+    """Return a hash of what a run reads of its questions, in any order of the file."""
+    if questions is None:
+        return None
+    rows = sorted(questions.questions, key=lambda question: question.id)
+    return fingerprint([q.id, q.text, q.type, q.answers, [sorted(ids) for ids in q.gold]] for q in rows)
 
 
 @contextmanager
@@ -47,6 +65,9 @@ def claimed_folder(
         OutputError: the folder holds something else, or a run that differs; the message names what.
     """
     folder = Path(output_dir).expanduser().resolve()
+    if is_main_process() and not folder.is_dir():
+        check_output_dir(folder, overwrite=False)
+        folder.parent.mkdir(parents=True, exist_ok=True)  # the lock lies beside the folder
     with lock_run(folder) if is_main_process() else nullcontext():
         if is_main_process():
             _claim(folder, json.loads(json.dumps(what)), overwrite, file)
@@ -57,8 +78,7 @@ def claimed_folder(
 def _claim(folder: Path, what: dict[str, Any], overwrite: bool, file: str) -> None:
     path = folder / file
     if overwrite and path.is_file():
-        for entry in sorted(folder.iterdir()):
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        _clear(folder, path)
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -72,9 +92,27 @@ def _claim(folder: Path, what: dict[str, Any], overwrite: bool, file: str) -> No
                 "go on with the same options and files, name another --output_dir, or --overwrite it"
             )
         return
-    check_output_dir(folder, overwrite=False)
-    folder.mkdir(parents=True, exist_ok=True)
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name != CACHE) if folder.is_dir() else []
+    if others:
+        raise OutputError(
+            f"--output_dir {folder} holds {', '.join(others[:3])}{' ...' if others[3:] else ''} and no {file}: it is not the "
+            "folder of such a run; name another"
+        )
+    folder.mkdir(exist_ok=True)
     write_json(path, what)
+
+
+def _clear(folder: Path, path: Path) -> None:
+    """Remove what a run wrote, its identity last; what else lies there stays, and so does the cache, which knows its keys."""
+    for pattern in _WRITTEN:
+        for entry in sorted(folder.glob(pattern)):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    left = sorted(entry.name for entry in folder.iterdir() if entry.name not in (CACHE, path.name))
+    if left:
+        raise OutputError(
+            f"{folder} holds {', '.join(left[:3])}{' ...' if left[3:] else ''}, which no run wrote: move it away"
+        )
+    path.unlink()
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -108,7 +108,7 @@ def run_stage(
         for row in trainer.state.log_history
         for key, value in row.items()
         if isinstance(value, int | float)
-        and key not in ("step", "epoch")
+        and key not in ("step", "epoch", "total_flos")
         and not key.endswith(("_runtime", "_per_second"))
     }
     metrics = dict(sorted(found.items()))  # the log that a checkpoint brings back has lost the order

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import search_world
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -170,3 +171,15 @@ def contents():
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def search_files(tmp_path_factory):
+    """Folder with passages.jsonl.gz, train.jsonl.gz, dev.jsonl and test.jsonl."""
+    return search_world.write_files(tmp_path_factory.mktemp("search"))
+
+
+@pytest.fixture(scope="session")
+def search_model(tmp_path_factory):
+    """A tiny model that writes queries."""
+    return search_world.write_model(tmp_path_factory.mktemp("search") / "model")

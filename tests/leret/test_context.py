@@ -4,7 +4,7 @@ import pytest
 from small_world import HOP_1, QUESTION, search, tried
 
 from llmrl.errors import DataError, UsageError
-from llmrl.leret.context import SearchState, extend, merge, unseen, unseen_k, up_to
+from llmrl.leret.context import SearchState, extend, merge, up_to
 
 
 def hits(**scores):
@@ -73,14 +73,6 @@ def test_merge_by_score_takes_negative_scores_and_keeps_ties_in_order():
 def test_merge_refuses_an_unknown_rule_with_the_nearest():
     with pytest.raises(UsageError, match="unknown merge rule 'rff'; did you mean 'rrf'"):
         merge(SearchState("q"), "rff")
-
-
-def test_unseen_skips_what_the_state_has_and_unseen_k_hits_are_enough(two_hops):
-    ranked = hits(x=9, a=8, n1=7, b=6, c=5, y=4, n2=3, n3=2)
-    assert unseen_k(two_hops, 3) == 8
-    assert [hit.id for hit in unseen(two_hops, ranked[: unseen_k(two_hops, 3)], 3)] == ["n1", "n2", "n3"]
-    assert [hit.id for hit in unseen(two_hops, ranked, 2)] == ["n1", "n2"]
-    assert unseen(SearchState("q"), ranked, 1) == ranked[:1]
 
 
 def test_key_names_question_queries_and_hits(two_hops):

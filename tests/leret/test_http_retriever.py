@@ -32,6 +32,9 @@ class Search(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, request, client_address):
+        pass  # a client that did not wait
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):

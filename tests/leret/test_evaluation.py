@@ -1,0 +1,184 @@
+"""`llmrl leret eval`: the rows of the report, what stands beside what, and answers that are not asked for twice."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from explore_world import prompt_text, say
+from run_world import SETUP, Models, opened
+
+from llmrl.errors import OutputError, RequestError, UsageError
+from llmrl.leret import run as commands
+from llmrl.leret.evaluation import evaluate, systems_of
+from llmrl.leret.prompts import PromptFormat, load_setup
+from llmrl.leret.rules import RULES
+
+FACTS = {"corpus", "retriever", "retriever_fingerprint", "reward", "search", "models"}
+REPORT = {"systems", "paired", "paired_by_hop", "paired_by_type", "questions", "excluded", "bootstrap"}
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """`played(models, **options)`: the report of an evaluation; `.models` is what was opened, `.said` what was printed."""
+
+    def play(models=None, scripts=None, **options):
+        play.models = Models(monkeypatch, **(scripts or {}))
+        play.said = []
+        run = opened(tmp_path / "in", play.said, bootstrap_draws=50, **options)
+        rows = [("policy", run.config.model, None)] if models is None else models
+        return evaluate(run, run.questions, rows, tmp_path / "eval", play.said.append)
+
+    return play
+
+
+def test_the_report_has_the_rows_and_keys_of_the_interface(played, tmp_path):
+    report = played()
+    assert list(report["systems"]) == ["question", "question-top", "policy"]
+    for row in report["systems"].values():
+        for metric in ("recall", "ap", "both", "mrr"):
+            assert set(row[metric]) == {"value", "low", "high"}
+            assert row[metric]["low"] <= row[metric]["value"] <= row[metric]["high"]
+    assert list(report["paired"]) == ["policy - question", "policy - question-top"]
+    assert set(report) == REPORT | FACTS
+    assert report["systems"]["policy"]["both"]["value"] == 1
+    assert report["search"] == {"hops": 2, "k": 3, "merge": "hop_order", "unseen_only": False, "question_first": False}
+    assert json.loads((tmp_path / "eval" / "report.json").read_text()) == report
+    outcomes = [json.loads(line) for line in (tmp_path / "eval" / "outcomes.jsonl").read_text().splitlines()]
+    assert len(outcomes) == 30
+    assert {row["system"] for row in outcomes} == set(report["systems"])
+    assert "| policy" in (tmp_path / "eval" / "report.md").read_text()
+
+
+def test_a_second_time_nothing_is_asked_again(played):
+    first = played()
+    assert len(played.models.asked) == 20
+    assert played() == first
+    assert played.models.asked == []
+
+
+def test_rules_and_the_oracle_over_them_are_rows(played):
+    report = played(rules=["all"])
+    assert [name for name in report["systems"] if name.startswith("rule:")] == [f"rule:{name}" for name in RULES]
+    assert "oracle-rule" in report["systems"]
+    assert "policy - oracle-rule" in report["paired"]
+    best = max(report["systems"][f"rule:{name}"]["recall"]["value"] for name in RULES)
+    assert report["systems"]["oracle-rule"]["recall"]["value"] >= best
+
+
+def test_without_a_model_the_first_rule_is_compared(played):
+    report = played([], rules=["rest", "question"], policy="rules", model=None, few_shot_prompts=None, temperature=None)
+    assert played.models.opened == []
+    assert all(name.startswith("rule:rest - ") for name in report["paired"])
+    with pytest.raises(UsageError, match="--rules names1: no such rule; did you mean 'names-1'"):
+        played([], rules=["names1"], policy="rules", model=None, few_shot_prompts=None, temperature=None)
+
+
+def test_further_prompts_are_rows_of_their_own(played, tmp_path):
+    (tmp_path / "styles.json").write_text('[{"name": "shots", "instruction": "junk"}]')
+    report = played(prompts=str(tmp_path / "styles.json"))
+    assert list(report["systems"]) == ["question", "question-top", "policy", "policy[shots]"]
+    assert report["systems"]["policy[shots]"]["recall"]["value"] == 0
+    assert report["systems"]["policy[shots]"]["empty"] == 1
+
+
+def test_prompts_without_an_answer_are_said(played):
+    def some(request):
+        if "iris" in prompt_text(request):
+            raise RequestError("the prompt is too long")
+        return say(request)
+
+    report = played(scripts={"base": some})
+    assert report["systems"]["policy"]["hops_used"]["value"] == 1.8
+    assert any(
+        line.startswith("policy: 1 of 19 prompts got no answer (sampling: RequestError: the prompt is too long)")
+        for line in played.said
+    )
+
+
+def test_a_model_is_asked_in_the_prompt_it_was_trained_with(played, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    replace(SETUP, format=PromptFormat(instruction="person")).save(other)
+    base = str(tmp_path / "in" / "base")
+    report = played([("policy", base, None), ("other", str(other), None)], model=base)
+    outcomes = (tmp_path / "eval" / "outcomes.jsonl").read_text().splitlines()
+    queries = {row["system"]: row["queries"] for row in map(json.loads, outcomes) if row["question_id"] == "q5"}
+    assert queries["policy"] == ["foxglove dam", "freda born"]
+    assert queries["other"] == ["freda born", "freda born"]
+    assert list(report["paired"]) == ["policy - question", "policy - question-top", "policy - other"]
+
+
+def test_k_above_the_corpus_and_one_hop_are_evaluated(played):
+    report = played(k=500, hops=1)
+    assert [len(row["by_hop"]) for row in report["systems"].values()] == [1, 1, 1]
+    assert report["systems"]["question"]["recall"] == report["systems"]["question-top"]["recall"]
+
+
+# --- which systems ----------------------------------------------------------------------------------------------------
+
+
+def adapter_of(folder, base):
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "peft_type": "LORA"}))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    return str(folder)
+
+
+def test_an_adapter_brings_its_base_as_a_row(tmp_path):
+    base = str(tmp_path / "in" / "base")
+    adapter = adapter_of(tmp_path / "lora", base)
+    expected = [("policy", base, adapter), ("base", base, None)]
+    assert systems_of(opened(tmp_path / "in", adapter=adapter)) == expected
+    assert systems_of(opened(tmp_path / "in", model=adapter)) == expected
+    assert systems_of(opened(tmp_path / "in")) == [("policy", base, None)]
+
+
+def test_further_systems_are_models_or_adapters(tmp_path):
+    base = str(tmp_path / "in" / "base")
+    adapter = adapter_of(tmp_path / "lora", "somewhere/else")
+    rows = systems_of(opened(tmp_path / "in", systems=[f"sft={adapter}", f"same={base}"]))
+    assert rows == [("policy", base, None), ("sft", base, adapter), ("same", base, None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("folder", "expected NAME=FOLDER"),
+        ("=folder", "expected NAME=FOLDER"),
+        ("name=", "expected NAME=FOLDER"),
+        ("question=folder", "the name 'question' is taken"),
+        ("policy=folder", "the name 'policy' is taken"),
+        ("../x=folder", "is a word, without / or a dot in front"),
+        ("sft=./nowhere", "not found: ./nowhere"),
+    ],
+)
+def test_a_system_that_cannot_be_a_row_is_refused(tmp_path, text, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        systems_of(opened(tmp_path / "in", systems=[text]))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_the_report_into_its_folder_and_refuses_another_model_there(tmp_path, monkeypatch):
+    models = Models(monkeypatch)
+    run = opened(tmp_path / "in", bootstrap_draws=50)
+    report = commands.evaluate_policy(run.config)
+    assert json.loads((tmp_path / "in" / "out" / "report.json").read_text()) == report
+    assert commands.evaluate_policy(run.config) == report
+    assert len(models.asked) == 20
+    with pytest.raises(OutputError, match="holds a run with another models"):
+        commands.evaluate_policy(opened(tmp_path / "in", systems=[f"b={run.config.model}"]).config)
+
+
+def test_a_policy_trained_behind_the_question_is_played_behind_the_question(tmp_path, monkeypatch):
+    Models(monkeypatch)
+    run = opened(tmp_path / "in", bootstrap_draws=50)
+    replace(SETUP, question_first=True).save(Path(run.config.model))
+    assert load_setup(run.config.model).question_first
+    again = opened(tmp_path / "in", bootstrap_draws=50)
+    evaluate(again, again.questions, systems_of(again), tmp_path / "eval", print)
+    outcomes = map(json.loads, (tmp_path / "eval" / "outcomes.jsonl").read_text().splitlines())
+    first = {row["queries"][0] for row in outcomes if row["system"] == "policy"}
+    assert first == {question.text for question in again.questions.questions}
