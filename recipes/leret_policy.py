@@ -47,7 +47,7 @@ class PolicyConfig:
     quiet: bool = option(False, help="print errors only")
     seed: int = option(0, help="of weights and data")
     threads: int | None = option(None, help="threads of torch (default: torch's choice)")
-    max_steps: int = option(2200, help="optimizer steps")
+    max_steps: int = option(1500, help="optimizer steps")
     batch_states: int = option(4, help="states with passages a step; half as many without are added")
     segments: int = option(7, help="queries learned a state, the one without a named style among them")
     vocab_size: int = option(4096, help="pieces of the tokenizer")

@@ -9,7 +9,7 @@ plots/          recall and AP of every system
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from llmrl.files import write_json, write_text
 from llmrl.leret.evaluate import System, report_json
 from llmrl.leret.opening import Opened, Say, model_and_adapter, open_asker
 from llmrl.leret.play import QUESTION, QUESTION_TOP, baselines, play, rule_systems
-from llmrl.leret.prompts import load_setup
+from llmrl.leret.prompts import PromptStyle, load_setup
 from llmrl.leret.questions import QuestionSet
 from llmrl.leret.report import report_markdown
 from llmrl.leret.rules import RULES
@@ -30,7 +30,12 @@ BASE, POLICY = "base", "policy"
 
 
 def evaluate(
-    opened: Opened, questions: QuestionSet, models: Sequence[tuple[str, str | None, str | None]], folder: Path, say: Say
+    opened: Opened,
+    questions: QuestionSet,
+    models: Sequence[tuple[str, str | None, str | None]],
+    folder: Path,
+    say: Say,
+    further: Mapping[str, Sequence[PromptStyle]] | None = None,
 ) -> dict[str, Any]:
     """Play every system on `questions` and write the report; return it.
 
@@ -40,6 +45,7 @@ def evaluate(
         models: (name, model, adapter) of the systems that a model plays; the first is compared with all others.
         folder: of the report; answers that lie there are kept.
         say: prints.
+        further: by the name of a model, styles that it is also asked in, beside the bare one and those of --prompts.
     """
     config = opened.config
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +62,10 @@ def evaluate(
     chosen = _rules(config.rules)
     if chosen:
         systems += rule_systems(chosen, opened.searcher(), opened.corpus, questions.questions, settings)
-    played = [system for one in models for system in _play_model(opened, questions, *one, seed, folder, say)]
+    played = []
+    for one in models:
+        styles = (further or {}).get(one[0], ())
+        played += _play_model(opened, questions, *one, styles, seed, folder, say)
     systems += played
     names = [system.name for system in systems]
     first = played[0].name if played else next((name for name in names if name.startswith("rule:")), QUESTION)
@@ -106,17 +115,18 @@ def _play_model(
     name: str,
     model: str | None,
     adapter: str | None,
+    further: Sequence[PromptStyle],
     seed: int,
     folder: Path,
     say: Say,
 ) -> list[System]:
-    """Play one model in the bare style, and in those of --prompts."""
+    """Play one model in the bare style, in those of --prompts, and in further ones."""
     own = load_setup(adapter, model)
     used = opened
     if own is not None:
         own_format = replace(own.format, max_tokens=opened.config.max_tokens or own.format.max_tokens)
         used = replace(opened, setup=replace(opened.setup, format=own_format))
-    styles = [used.bare, *(used.styles if opened.config.prompts else ())]
+    styles = [used.bare, *(used.styles if opened.config.prompts else ()), *further]
     systems = []
     with open_asker(used, model, adapter) as asker:
         explorer = used.explorer(asker, seed)

@@ -42,7 +42,7 @@ from llmrl.leret.train_settings import TrainSettings
 from llmrl.rollout.seeds import derive_seed
 from llmrl.training.distributed import barrier, is_main_process
 
-POLICY = "policy"
+POLICY, STYLES_FILE = "policy", "styles.json"
 _SEED_RANGE = 2**31  # of what torch and numpy take
 
 
@@ -215,7 +215,7 @@ def _all_styles(
         )  # fmt: skip
         say(how)
         if is_main_process():
-            write_json(folder / "few-shot" / "styles.json", [style.to_json() for style in made])
+            write_json(folder / "few-shot" / STYLES_FILE, [style.to_json() for style in made])
         styles += made
     return styles
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from llmrl.leret.evaluation import BASE, POLICY, evaluate, systems_of
 from llmrl.leret.headroom import headroom_table, refuse_reason
 from llmrl.leret.opening import Opened, Say, model_and_adapter, open_data
 from llmrl.leret.options import LeretConfig
+from llmrl.leret.prompts import PromptStyle
 from llmrl.leret.records import Candidate, group_candidates, read_records
-from llmrl.leret.rounds import explore_round, first_learner, run_rounds
+from llmrl.leret.rounds import STYLES_FILE, explore_round, first_learner, run_rounds
 from llmrl.leret.run_folder import RUN_FILE, claimed_folder, identity
 from llmrl.training.distributed import check_processes, is_main_process, join_processes
 from llmrl.training.metrics import read_metrics
@@ -61,7 +63,14 @@ def train(config: LeretConfig) -> dict[str, Any] | None:
         sft = folder / "round-0" / "sft" / "final"
         if config.rounds == 1 and sft.is_dir() and config.epochs:
             models.append(("sft", *model_and_adapter(str(sft), base)))
-        return evaluate(opened, opened.test, models, folder / "test", say)
+        return evaluate(opened, opened.test, models, folder / "test", say, further={BASE: _few_shot(folder)})
+
+
+def _few_shot(folder: Path) -> list[PromptStyle]:
+    """Return the best few-shot style of the first round, for a row of the model as it was before training."""
+    file = folder / "round-0" / "few-shot" / STYLES_FILE
+    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return [replace(PromptStyle.from_json(made[0]), name="few-shot")] if made else []
 
 
 def evaluate_policy(config: LeretConfig) -> dict[str, Any]:
@@ -103,7 +112,8 @@ def _plots(folder: Path) -> None:
     rounds = sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))
     for number, path in enumerate(rounds):
         candidates = [c for file in sorted(path.glob("hop-*/candidates.jsonl")) for c in read_records(file, Candidate)]
-        recall_against_queries(plots / f"queries-{number}.png", group_candidates(candidates), f"round {number}")
+        if candidates:
+            recall_against_queries(plots / f"queries-{number}.png", group_candidates(candidates), f"round {number}")
         stages = {name: path / name / "metrics.jsonl" for name in ("sft", "preference")}
         found = {name: read_metrics(file) for name, file in stages.items() if file.is_file()}
         if found:

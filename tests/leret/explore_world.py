@@ -30,9 +30,11 @@ from llmrl.rollout.scripted import ScriptedEngine
 TINY_LM = Path(__file__).resolve().parents[2] / "examples" / "tiny_lm"
 CORPUS = Corpus(tuple(Passage(name, "", " ".join(words)) for name, words in PASSAGES.items()))
 QUESTIONS = [
-    Question(f"q{i}", f"where was the builder of {dam} dam born", (frozenset({f"d{i}"}), frozenset({f"p{i}"})), type=f"t{i % 2}")
+    Question(
+        f"q{i}", f"where was the builder of {dam} dam born", tuple(frozenset({f"{x}{i}"}) for x in "dp"), f"t{i % 2}"
+    )
     for i, dam in enumerate(DAMS)
-]  # fmt: skip
+]
 
 
 def style(name, does=None, **fields):

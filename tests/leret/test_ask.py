@@ -106,7 +106,7 @@ def test_no_answer_at_all_is_an_error_with_the_first_reason(tmp_path):
     def none(request):
         raise RequestError("the prompt is too long")
 
-    with pytest.raises(DataError, match="none of 10 prompts got an answer; the first: .*the prompt is too long"):
+    with pytest.raises(DataError, match=r"none of 10 prompts got an answer; the first: .*the prompt is too long"):
         ask(engine(none), tmp_path)
 
 
@@ -120,7 +120,7 @@ def test_a_model_that_dies_leaves_what_it_answered_for_the_next_run(tmp_path):
                 raise EngineError("gone")
         return "a dam"
 
-    with pytest.raises(EngineError, match="gone\n.*4 of 10 episodes are finished and kept"):
+    with pytest.raises(EngineError, match=r"gone\n.*4 of 10 episodes are finished and kept"):
         ask(engine(dies), tmp_path)
     asked = []
     answers, _ = ask(engine(lambda request: asked.append(1) or "a dam"), tmp_path)

@@ -47,7 +47,7 @@ def test_an_example_shows_what_had_been_found_and_the_query_that_found_more(tmp_
     demo = demos[QUESTIONS[5].text]
     assert demo.query == "freda born"  # of the last hop that found something missing
     assert demo.hop == 2
-    assert [text for _, text in demo.passages][0] == "foxglove dam was built by freda"
+    assert demo.passages[0][1] == "foxglove dam was built by freda"
 
 
 def test_a_query_that_found_nothing_new_is_no_example(tmp_path):

@@ -11,7 +11,7 @@ from run_world import SETUP, Models, opened
 from llmrl.errors import OutputError, RequestError, UsageError
 from llmrl.leret import run as commands
 from llmrl.leret.evaluation import evaluate, systems_of
-from llmrl.leret.prompts import PromptFormat, load_setup
+from llmrl.leret.prompts import PromptFormat, PromptStyle, load_setup
 from llmrl.leret.rules import RULES
 
 FACTS = {"corpus", "retriever", "retriever_fingerprint", "reward", "search", "models"}
@@ -80,6 +80,30 @@ def test_further_prompts_are_rows_of_their_own(played, tmp_path):
     assert list(report["systems"]) == ["question", "question-top", "policy", "policy[shots]"]
     assert report["systems"]["policy[shots]"]["recall"]["value"] == 0
     assert report["systems"]["policy[shots]"]["empty"] == 1
+
+
+def test_the_report_of_a_training_run_holds_its_best_few_shot_style(tmp_path, monkeypatch):
+    """A row of the model before training; the file has the best style first."""
+    Models(monkeypatch)
+    (tmp_path / "test.jsonl").write_text(
+        '{"id": "t", "question": "where was the one of iris dam born", "gold_ids": ["d8"]}\n'
+    )
+    run = opened(tmp_path / "in", bootstrap_draws=50, test_questions=[str(tmp_path / "test.jsonl")])
+    made = tmp_path / "in" / "out" / "round-0" / "few-shot"
+
+    def trained(run, folder, say):
+        made.mkdir(parents=True)
+        shots = [PromptStyle("few-shot-3", "junk"), PromptStyle("few-shot-1", "person")]
+        (made / "styles.json").write_text(json.dumps([shot.to_json() for shot in shots]))
+        return run.config.model
+
+    monkeypatch.setattr(commands, "run_rounds", trained)
+    report = commands.train(run.config)
+    assert list(report["systems"]) == ["question", "question-top", "policy", "base", "base[few-shot]"]
+    assert "policy - base[few-shot]" in report["paired"]
+    assert report["systems"]["base[few-shot]"]["recall"]["value"] == 0
+    made.joinpath("styles.json").write_text("[]")
+    assert commands._few_shot(tmp_path / "in" / "out") == []
 
 
 def test_prompts_without_an_answer_are_said(played):

@@ -4,18 +4,18 @@ import random
 import time
 
 import pytest
-from explore_world import BARE, CORPUS, QUESTIONS, ChainRetriever, engine, explorer, prompt_text, say, style
+from explore_world import BARE, QUESTIONS, ChainRetriever, engine, explorer, prompt_text, say, style
 from small_world import DAMS, PEOPLE, search
 
 from llmrl.errors import EngineError, RequestError, UsageError
 from llmrl.leret.ask import RuleAsker
 from llmrl.leret.bm25 import BM25Retriever
-from llmrl.leret.context import SearchState
 from llmrl.leret.corpus import Corpus, Passage
 from llmrl.leret.explore import Explorer, ExploreSettings
 from llmrl.leret.pairs import PairRule, build_pairs
 from llmrl.leret.prompts import PromptFormat, PromptStyle
 from llmrl.leret.questions import Question
+from llmrl.leret.records import Candidate, read_records
 from llmrl.leret.retriever import RetrieverError
 from llmrl.leret.rewards import average_precision, reward_named
 from llmrl.leret.rules import RULES
@@ -206,6 +206,8 @@ def test_the_same_candidates_come_of_any_order_of_the_questions(tmp_path):
     mixed = [asked[2], asked[0], asked[3], asked[1]]
     explorer(**settings).explore(mixed, [SEED, BARE], tmp_path / "b")
     assert read(tmp_path / "a") == read(tmp_path / "b")
+    order = [candidate.order for candidate in read_records(tmp_path / "a" / "hop-1" / "candidates.jsonl", Candidate)]
+    assert order == sorted(order)
     explorer(seed=1, **settings).explore(asked, [BARE, SEED], tmp_path / "c")
     assert read(tmp_path / "a") != read(tmp_path / "c")
 

@@ -64,7 +64,7 @@ def explored(request, tmp_path_factory):
 
 
 def test_prompts_are_the_ids_that_the_engine_was_given_in_the_bare_style(explored):
-    prompted, groups, counts, (sft, pairs, _) = explored
+    prompted, _, counts, (sft, pairs, _) = explored
     assert len(prompted) == 6
     assert {tuple(row["prompt_ids"]) for row in pairs} == prompted
     assert {tuple(row["prompt_ids"]) for row in sft} <= prompted

@@ -3,7 +3,7 @@
 import pytest
 
 from llmrl.config import parse_config
-from llmrl.errors import ConfigError, LlmrlError, UsageError
+from llmrl.errors import ConfigError, Interrupted, LlmrlError, UsageError
 from llmrl.leret.options import LERET, MERGES, PAIRS, PAPER, PRESETS, REWARDS, STATE_RULES, LeretConfig, given
 from llmrl.leret.train_settings import PAPER_PREFERENCE, PAPER_SFT
 
@@ -62,7 +62,10 @@ def test_where_the_presets_differ():
     """docs/leret.md explains each of these."""
     differing = {name for name in PRESETS[LERET] if PRESETS[LERET][name] != PRESETS[PAPER][name]}
     exploring = {"samples", "temperature", "merge", "max_pairs", "near_duplicate", "partition"}
-    training = {"tuning", "optimizer", "sft_lr", "sft_epochs", "sft_batch_size", "lr", "train_batch_size", "warmup_steps", "max_grad_norm"}  # fmt: skip
+    training = {
+        "tuning", "optimizer", "sft_lr", "sft_epochs", "sft_batch_size", "lr", "train_batch_size", "warmup_steps",
+        "max_grad_norm",
+    }  # fmt: skip
     assert differing - {"beta", "ipo_reduction", "epochs", "keep_solved"} <= exploring | training
     assert {"merge", "tuning", "samples"} <= differing
 
@@ -171,3 +174,23 @@ def test_what_a_run_is_does_not_depend_on_where_files_lie_or_how_it_is_run():
 def test_a_run_may_get_more_rounds_unless_they_share_out_the_questions():
     assert given(config(partition="full", rounds=3)) == given(config(partition="full"))
     assert given(config(partition="disjoint", rounds=3)) != given(config(partition="disjoint"))
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("4 of 10 episodes are finished and kept in out; the same command makes the rest", None),
+        ("", "interrupted: the same command goes on with what is finished"),
+    ],
+)
+def test_an_interrupt_says_what_is_kept_and_how_to_go_on(monkeypatch, raised, said):
+    from llmrl import commands
+    from llmrl.leret import run
+
+    def interrupted(config):
+        raise KeyboardInterrupt(raised)
+
+    monkeypatch.setattr(run, "explore", interrupted)
+    with pytest.raises(Interrupted) as stopped:
+        commands.run_leret(["explore", "--policy", "rules", "--questions", "q", "--passages", "p", "--output_dir", "o"])
+    assert str(stopped.value) == (said or f"interrupted: {raised}")

@@ -129,7 +129,7 @@ def test_the_first_folder_with_a_setup_wins(tmp_path):
 @pytest.mark.parametrize("content", ["{", '{"hops": "two"}', '{"colour": 1}', "[]"])
 def test_a_damaged_setup_is_named(tmp_path, content):
     (tmp_path / PROMPT_FILE).write_text(content)
-    with pytest.raises(DataError, match="search_prompt.json: not a search prompt"):
+    with pytest.raises(DataError, match=r"search_prompt.json: not a search prompt"):
         load_setup(tmp_path)
 
 

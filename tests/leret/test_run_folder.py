@@ -1,4 +1,4 @@
-"""The folder of a run: gone on with as the same run alone, by one process at a time, and never emptied of what is not its own."""
+"""The folder of a run: gone on with as the same run, by one process at a time, never emptied of what is not its own."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [RUN_FILE]
     (tmp_path / "round-0").mkdir()
     (tmp_path / "questions.jsonl").write_text("mine")
-    with pytest.raises(OutputError, match="holds questions.jsonl, which no run wrote"):
+    with pytest.raises(OutputError, match=r"holds questions.jsonl, which no run wrote"):
         claim(tmp_path, {"seed": 3}, overwrite=True)
     assert (tmp_path / "questions.jsonl").read_text() == "mine"
 
@@ -119,14 +119,14 @@ def test_another_retriever_is_another_run(tmp_path):
     run = opened(tmp_path / "in")
     what = identity(run)
     claim(tmp_path / "out", what)
-    with pytest.raises(OutputError, match="another retriever: '.*', now 'other'"):
+    with pytest.raises(OutputError, match=r"another retriever: '.*', now 'other'"):
         claim(tmp_path / "out", {**what, "retriever": "other"})
 
 
 def test_the_models_own_prompt_is_part_of_the_run(tmp_path):
     claim(tmp_path / "out", identity(opened(tmp_path / "in")))
     SearchSetup(SETUP.format, k=5).save(tmp_path / "in" / "base")
-    with pytest.raises(OutputError, match="another setup.k: 3, now 5"):
+    with pytest.raises(OutputError, match=r"another setup.k: 3, now 5"):
         claim(tmp_path / "out", identity(opened(tmp_path / "in")))
 
 
