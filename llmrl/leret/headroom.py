@@ -122,6 +122,7 @@ def headroom_table(report: Mapping[str, Any]) -> str:
     others = [
         (f"{axis} {name}", _shown(of["reward"]), _shown(of["empty_retrievals"]), str(of["tried"]))
         for axis, values in report["axes"].items()
+        if axis == "prompt" or len(values) > 1  # one sample and one temperature are no axis
         for name, of in values.items()
     ]
     return "\n\n".join(

@@ -243,6 +243,7 @@ def stage_settings(config: LeretConfig, stage: str, rows: int, number: int) -> T
         batch_size=min(said["sft_batch_size" if prefix else "train_batch_size"], rows),
         epochs=said[f"{prefix}epochs"],
         seed=derive_seed(config.seed, "round", number, stage) % _SEED_RANGE,
+        long_rows="drop",  # one prompt above the context must not end a run; the number left out is said
         **{name: said[name] for name in same},
     )
 

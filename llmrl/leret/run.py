@@ -20,7 +20,6 @@ from llmrl.leret.records import Candidate, group_candidates, read_records
 from llmrl.leret.rounds import STYLES_FILE, explore_round, first_learner, run_rounds
 from llmrl.leret.run_folder import RUN_FILE, claimed_folder, identity
 from llmrl.training.distributed import check_processes, is_main_process, join_processes
-from llmrl.training.metrics import read_metrics
 from llmrl.training.run import write_run_files
 from llmrl.training.tracking import check_tracker
 from llmrl.vllm_compat import check_versions
@@ -106,6 +105,7 @@ def _plots(folder: Path) -> None:
     if not is_main_process():
         return
     from llmrl.leret.plots import recall_against_queries, rounds_on_dev, training_curves
+    from llmrl.training.metrics import read_metrics
 
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
