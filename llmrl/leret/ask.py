@@ -134,6 +134,7 @@ class EngineAsker:
             concurrency=self.concurrency,
             source="leret",
             fingerprint=self.fingerprint,
+            template_options=self.format.template_options,
             rank=rank(),
             world=world_size(),
             progress=not self.quiet,
@@ -208,20 +209,24 @@ class RuleAsker:
         return answers
 
 
-def prompt_ids(tokenizer: Any, messages: Iterable[Message]) -> tuple[int, ...]:
+def prompt_ids(
+    tokenizer: Any, messages: Iterable[Message], template_options: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
     """Return the ids a model is prompted with for `messages`: the same function that episodes use."""
-    conversation = Conversation(tokenizer)
+    conversation = Conversation(tokenizer, template_options=template_options)
     conversation.add(*messages)
     return conversation.prompt()
 
 
-def written_ids(tokenizer: Any, messages: Sequence[Message], query: str) -> tuple[int, ...]:
+def written_ids(
+    tokenizer: Any, messages: Sequence[Message], query: str, template_options: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
     """Return the ids of a query that was not sampled as it stands: what the template writes for it, up to the end token.
 
     Raises:
         DataError: the template writes an answer otherwise than it asks for one, or without an end token behind it.
     """
-    options = {"tokenize": False}
+    options = {**(template_options or {}), "tokenize": False}
     shown = [message.to_json() for message in messages]
     before = tokenizer.apply_chat_template(shown, add_generation_prompt=True, **options)
     answered = tokenizer.apply_chat_template([*shown, {"role": "assistant", "content": query}], **options)
@@ -230,10 +235,10 @@ def written_ids(tokenizer: Any, messages: Sequence[Message], query: str) -> tupl
             "the chat template writes an answer otherwise than it asks for one; its queries cannot be trained"
         )
     # by the conversation, which spells the name of a control token in a query as ordinary text
-    conversation = Conversation(tokenizer)
+    conversation = Conversation(tokenizer, template_options=template_options)
     conversation.add(*messages, Message("assistant", query))
     whole = tuple(token for turn in conversation.turns for token in turn.token_ids)
-    prompt = prompt_ids(tokenizer, messages)
+    prompt = prompt_ids(tokenizer, messages, template_options)
     # where the boundary merges into one token, the answer is encoded by itself, as it would have been sampled
     ids = (
         whole[len(prompt) :]

@@ -76,7 +76,14 @@ class SearchClient:
         """
         form = self.setup.format
         messages = [{"role": m.role, "content": m.content} for m in form.messages(form.bare, question, passages)]
-        body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": form.max_tokens}
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": temperature,
+            "max_tokens": form.max_tokens,
+        }
+        if form.template_options:
+            body["chat_template_kwargs"] = form.template_options
         return read_query(self._ask("POST", "/v1/chat/completions", body)["choices"][0]["message"]["content"] or "")
 
     def search(self, question: str, retriever: Retriever) -> Found:

@@ -68,8 +68,10 @@ def evaluate(
         played += _play_model(opened, questions, *one, styles, seed, folder, say)
     systems += played
     names = [system.name for system in systems]
-    first = played[0].name if played else next((name for name in names if name.startswith("rule:")), QUESTION)
-    pairs = [(first, other) for other in names if other != first]
+    if played:
+        pairs = [(played[0].name, other) for other in names if other != played[0].name]
+    else:
+        pairs = [(name, QUESTION) for name in names if name != QUESTION]
     report = report_json(
         systems,
         pairs,
@@ -79,7 +81,7 @@ def evaluate(
         facts={**opened.facts(), "search": _search(opened), "models": {name: _shown(m, a) for name, m, a in models}},
     )
     if is_main_process():
-        _write(folder, report, systems, first)
+        _write(folder, report, systems)
         say(report_markdown(report))
     barrier()
     return report
@@ -165,7 +167,7 @@ def _shown(model: str | None, adapter: str | None) -> str:
     return " + ".join(parts) or "rules"
 
 
-def _write(folder: Path, report: dict[str, Any], systems: Sequence[System], first: str) -> None:
+def _write(folder: Path, report: dict[str, Any], systems: Sequence[System]) -> None:
     from llmrl.leret.plots import systems_dots
 
     write_json(folder / "report.json", report)

@@ -25,7 +25,12 @@ Render = Callable[[SearchState], Sequence[Message]]
 
 
 def write_rows(
-    folder: Path | str, groups: Sequence[Group], rule: PairRule, render: Render, tokenizer: Any | None
+    folder: Path | str,
+    groups: Sequence[Group],
+    rule: PairRule,
+    render: Render,
+    tokenizer: Any | None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
     """Write sft.jsonl, pairs.jsonl and grpo.jsonl; return the number of rows of each, and of queries that were encoded.
 
@@ -37,6 +42,7 @@ def write_rows(
         rule: which pairs.
         render: the bare prompt of a state.
         tokenizer: of the model that is to be trained; without one (rules) the rows hold text alone.
+        template_options: given to the chat template.
     """
     folder = Path(folder)
     targets, pairs = best_queries(groups, rule), build_pairs(groups, rule)
@@ -47,7 +53,7 @@ def write_rows(
     for row, pair in zip(preferences, pairs, strict=True):
         row.update(chosen_query=pair.chosen, rejected_query=pair.rejected)
     if tokenizer is not None:
-        ids = _Ids(groups, tokenizer)
+        ids = _Ids(groups, tokenizer, template_options)
         for row, target in zip(sft, targets, strict=True):
             row.update(ids.columns(target.state, render, completion_ids=target.query))
         for row, pair in zip(preferences, pairs, strict=True):
@@ -63,8 +69,8 @@ def write_rows(
 class _Ids:
     """Finds the ids of prompts and queries, each once; `encoded` counts the queries that were not sampled as they stand."""
 
-    def __init__(self, groups: Sequence[Group], tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, groups: Sequence[Group], tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer, self.options = tokenizer, options
         self._queries: dict[tuple[str, str], tuple[int, ...]] = {}
         self._prompts: dict[str, tuple[int, ...]] = {}
         self.encoded = 0
@@ -77,11 +83,11 @@ class _Ids:
         """Return the columns of token ids of one row."""
         messages = list(render(state))
         if state.key not in self._prompts:
-            self._prompts[state.key] = prompt_ids(self.tokenizer, messages)
+            self._prompts[state.key] = prompt_ids(self.tokenizer, messages, self.options)
         columns = {"prompt_ids": list(self._prompts[state.key])}
         for name, query in queries.items():
             if (state.key, query) not in self._queries:
-                self._queries[state.key, query] = written_ids(self.tokenizer, messages, query)
+                self._queries[state.key, query] = written_ids(self.tokenizer, messages, query, self.options)
                 self.encoded += 1
             columns[name] = list(self._queries[state.key, query])
         return columns

@@ -14,7 +14,7 @@ from llmrl.files import resolve_reference
 from llmrl.leret.ask import Asker, EngineAsker, RuleAsker
 from llmrl.leret.corpus import Corpus, load_corpus
 from llmrl.leret.explore import Explorer, ExploreSettings
-from llmrl.leret.options import LeretConfig
+from llmrl.leret.options import PRESETS, LeretConfig
 from llmrl.leret.prompts import PromptFormat, PromptStyle, SearchSetup, load_setup, load_styles
 from llmrl.leret.questions import QuestionSet, load_questions
 from llmrl.leret.retriever import Retriever, open_retriever
@@ -181,8 +181,12 @@ def model_and_adapter(path: str, base: str | None) -> tuple[str, str | None]:
 
 def _setup(config: LeretConfig) -> SearchSetup:
     """Return the model's own setup, changed by what was asked for."""
-    own = load_setup(config.adapter, config.model if config.policy == "model" else None) or SearchSetup()
+    own = load_setup(config.adapter, config.model if config.policy == "model" else None)
+    own = own or SearchSetup(merge=PRESETS[config.preset]["merge"])
     prompt_format: PromptFormat = own.format
+    if config.enable_thinking is not None:
+        options = {**prompt_format.template_options, "enable_thinking": config.enable_thinking}
+        prompt_format = replace(prompt_format, template_options=options)
     if config.max_tokens is not None:
         prompt_format = replace(prompt_format, max_tokens=config.max_tokens)
     changes = {name: getattr(config, name) for name in ("hops", "k", "merge", "unseen_only", "question_first")}

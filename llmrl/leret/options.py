@@ -73,7 +73,7 @@ class LeretConfig:
     prompts: str | None = option(None, help="JSON file with further prompt styles: name, instruction, demos, hops")
     few_shot_prompts: int | None = option(None, help="few-shot styles made of the model's own best queries")
     few_shot_demos: int = option(3, help="worked examples in each of them")
-    few_shot_questions: int = option(100, help="training questions set aside for them: half makes, half chooses")
+    few_shot_questions: int = option(100, help="questions set aside for them, half at most: half makes, half chooses")
     samples: int | None = option(None, help="queries a style and temperature; greedy decoding draws one")
     temperature: list[float] | None = option(None, help="one or several; 0 is greedy")
     max_tokens: int | None = option(None, help="most tokens of a query (default: the model's own, or 64)")
@@ -128,6 +128,7 @@ class LeretConfig:
 
     rollout_backend: str = option("auto", choices=BACKENDS, help="auto takes vLLM where it can be used")
     server_url: list[str] = option([], help="vLLM servers by URL, for the server backend")
+    enable_thinking: bool | None = option(None, help="given to chat templates that read it, such as Qwen3's")
     dtype: str = option("auto", choices=DTYPES, help="auto is float32 on a CPU, else as stored")
     max_model_len: int | None = option(None, help="most tokens of prompt and query (default: the model's context)")
     batch_size: int = option(64, help="requests decoded together by the transformers backend")
@@ -147,7 +148,9 @@ class LeretConfig:
             self._check_rules()
             preset.update(_OF_RULES)
         for name, value in preset.items():
-            if getattr(self, name) is None:
+            if (
+                getattr(self, name) is None and name != "merge"
+            ):  # a policy's own order of passages comes before the preset's
                 setattr(self, name, value)
         self._check_given()
         self._check_ranges()

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llmrl.errors import ConfigError, DataError, LlmrlError
 from llmrl.files import write_json
@@ -90,6 +91,7 @@ class PromptFormat(Record):
             comes after them; the second copy has seen them.
         styles: further styles that the model was made to know, used by exploration.
         max_tokens: of a query.
+        template_options: given to the chat template, such as `enable_thinking`.
     """
 
     instruction: str = DEFAULT_INSTRUCTION
@@ -98,6 +100,7 @@ class PromptFormat(Record):
     question_again: bool = True
     styles: tuple[PromptStyle, ...] = ()
     max_tokens: int = 64
+    template_options: dict[str, Any] = field(default_factory=dict)
 
     _error = ConfigError
 
@@ -106,7 +109,7 @@ class PromptFormat(Record):
         self._need(self.passage_words is None or self.passage_words >= 0, "passage_words", "a number >= 0, or null")
         self._need_int("max_tokens", 1)
         styles = tuple(s if isinstance(s, PromptStyle) else PromptStyle.from_json(s) for s in self.styles)
-        self._set(styles=styles)
+        self._set(styles=styles, template_options=dict(self.template_options))
         names = [style.name for style in styles]
         self._need(len({BARE, *names}) == len(names) + 1, "styles", "distinct names, none of them 'bare'")
 

@@ -92,7 +92,8 @@ def explore_round(opened: Opened, number: int, learner: Learner, folder: Path, s
         building = time.perf_counter()
         report = headroom(groups, rule)
         if is_main_process():
-            counts = write_rows(folder, groups, rule, _render(opened, explorer, questions), tokenizer)
+            render, options = _render(opened, explorer, questions), opened.setup.format.template_options
+            counts = write_rows(folder, groups, rule, render, tokenizer, options)
             report = {**report, "rows": counts, **opened.facts()}
             seconds = {
                 "start": opening,
@@ -193,7 +194,8 @@ def run_rounds(opened: Opened, output_dir: Path, say: Say) -> Path:
 def _questions_of(opened: Opened, number: int) -> tuple[list[Question], list[Question]]:
     """Return the questions of a round and those set aside for few-shot styles; the slices are the same in all rounds."""
     config, by_id = opened.config, {question.id: question for question in opened.questions.questions}
-    aside = config.few_shot_questions if config.few_shot_prompts and config.policy == "model" else 0
+    wanted = config.few_shot_questions if config.few_shot_prompts and config.policy == "model" else 0
+    aside = min(wanted, len(by_id) // 2)  # of few questions, those that are explored matter more
     slices = slice_questions(sorted(by_id), few_shot=aside, seed=config.seed)
     ids = partition_rounds(slices.train, config.rounds, str(config.partition), config.seed)[number]
     return [by_id[name] for name in ids], [by_id[name] for name in shuffled(slices.few_shot, config.seed, "few-shot")]

@@ -72,7 +72,21 @@ def claimed_folder(
         if is_main_process():
             _claim(folder, json.loads(json.dumps(what)), overwrite, file)
         barrier()
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if is_main_process():
+                _release(folder, file)
+            raise
+
+
+def _release(folder: Path, file: str) -> None:
+    """Give up a folder in which nothing was finished, so that a mistyped model can be mended by the next command."""
+    described = {file, "config.resolved.yaml", "env.json"}
+    entries = [entry for entry in folder.rglob("*") if CACHE not in entry.relative_to(folder).parts]
+    if all(entry.is_dir() or entry.name in described for entry in entries):
+        for entry in sorted(entries, reverse=True):
+            entry.rmdir() if entry.is_dir() else entry.unlink()
 
 
 def _claim(folder: Path, what: dict[str, Any], overwrite: bool, file: str) -> None:

@@ -1,5 +1,6 @@
 """Asking a model through episodes: what it is prompted with, what of its answer is a query, what is trained on as it stands."""
 
+import copy
 import importlib.resources
 import threading
 
@@ -196,3 +197,19 @@ def test_a_template_that_cannot_be_trained_on_is_refused(template, complaint):
     made.chat_template = template
     with pytest.raises(DataError, match=complaint):
         written_ids(made, MESSAGES, "foxglove dam")
+
+
+def test_template_options_reach_prompt_and_answer():
+    """As with a thinking model, whose template opens and closes its thoughts before the answer when told not to think."""
+    made = copy.deepcopy(tokenizer())
+    made.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+        "{{ m.content }}" + made.eos_token + "\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    off = {"enable_thinking": False}
+    assert made.decode(prompt_ids(made, MESSAGES, off)).endswith("<think></think>")
+    assert not made.decode(prompt_ids(made, MESSAGES)).endswith("</think>")
+    assert "think" not in made.decode(written_ids(made, MESSAGES, "foxglove dam", off))

@@ -66,10 +66,11 @@ def test_rules_and_the_oracle_over_them_are_rows(played):
     assert report["systems"]["oracle-rule"]["recall"]["value"] >= best
 
 
-def test_without_a_model_the_first_rule_is_compared(played):
+def test_without_a_model_every_rule_is_compared_with_the_question(played):
     report = played([], rules=["rest", "question"], policy="rules", model=None, few_shot_prompts=None, temperature=None)
     assert played.models.opened == []
-    assert all(name.startswith("rule:rest - ") for name in report["paired"])
+    others = ("question-top", "rule:rest", "rule:question", "oracle-rule")
+    assert list(report["paired"]) == [f"{name} - question" for name in others]
     with pytest.raises(UsageError, match="--rules names1: no such rule; did you mean 'names-1'"):
         played([], rules=["names1"], policy="rules", model=None, few_shot_prompts=None, temperature=None)
 

@@ -12,7 +12,7 @@ from llmrl.errors import DataError, RequestError, UsageError
 from llmrl.leret import preference, rounds, run, sft
 from llmrl.leret.opening import open_data
 from llmrl.leret.options import LeretConfig
-from llmrl.leret.prompts import PROMPT_FILE, load_setup, load_styles
+from llmrl.leret.prompts import PROMPT_FILE, SearchSetup, load_setup, load_styles
 from llmrl.leret.retriever import RetrieverError
 from llmrl.leret.rounds import Learner, explore_round, first_learner, run_rounds, train_round
 
@@ -322,11 +322,20 @@ def test_the_models_own_setup_holds_unless_told_otherwise(ready, tmp_path):
     own = rounds.replace(run.setup, hops=3, k=2, question_first=True, unseen_only=True, merge="rrf")
     own.save(base)
     kept = ready().setup
-    assert (kept.hops, kept.k, kept.question_first, kept.unseen_only) == (3, 2, True, True)
+    assert (kept.hops, kept.k, kept.question_first, kept.unseen_only, kept.merge) == (3, 2, True, True, "rrf")
     told = ready(hops=2, question_first=False, merge="score").setup
     assert (told.hops, told.k, told.question_first, told.merge) == (2, 2, False, "score")
     with pytest.raises(UsageError, match="question_first leaves nothing to write with one hop"):
         ready(hops=1)
+    SearchSetup(merge="hop_order").save(base)
+    assert ready(preset="leret-paper").setup.merge == "hop_order"
+
+
+@pytest.mark.parametrize(("preset", "merge"), [("leret", "hop_order"), ("leret-paper", "score")])
+def test_the_preset_orders_passages_where_the_model_has_no_setup(ready, preset, merge):
+    config = ready().config
+    (Path(config.model) / PROMPT_FILE).unlink()
+    assert open_data(rounds.replace(config, preset=preset), print).setup.merge == merge
 
 
 def test_open_data_says_what_was_left_out(tmp_path, ready):

@@ -6,7 +6,7 @@ import pytest
 from explore_world import CORPUS, QUESTIONS, write_files
 from run_world import SETUP, opened
 
-from llmrl.errors import OutputError
+from llmrl.errors import ModelError, OutputError
 from llmrl.leret.prompts import SearchSetup
 from llmrl.leret.run_folder import RUN_FILE, claimed_folder, identity
 
@@ -137,3 +137,27 @@ def test_files_that_moved_or_were_sorted_otherwise_are_the_same_run(tmp_path, mo
     moved = opened(tmp_path / "in", questions=[str(questions)], passages=[str(passages)], batch_size=7, overwrite=False)
     assert claim(tmp_path / "out", identity(moved))
     assert moved.corpus.fingerprint == CORPUS.fingerprint
+
+
+def fail_after(folder, what, *files):
+    with claimed_folder(folder, what, overwrite=False):
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("{}")
+        raise ModelError("no such model")
+
+
+def test_folder_in_which_nothing_was_finished_is_given_up(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ModelError):
+        fail_after(folder, {"a": 1}, "env.json", "round-0/hop-1/env.json")
+    assert not any(folder.iterdir())
+    assert claim(folder, {"a": 2}) == folder
+
+
+def test_folder_with_finished_work_is_kept_after_an_error(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ModelError):
+        fail_after(folder, {"a": 1}, "env.json", "round-0/headroom.json")
+    with pytest.raises(OutputError, match="another a"):
+        claim(folder, {"a": 2})
