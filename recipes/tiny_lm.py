@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tiny_lm_tokens import Corpus, Windows, load_corpus, pack
 
 from llmrl.config import option, parse_config
-from llmrl.errors import ModelError, OutputError, UsageError, run_command
+from llmrl.errors import ModelError, UsageError, run_command
 from llmrl.files import check_output_dir, publish_folder
 
 if TYPE_CHECKING:
@@ -91,18 +91,9 @@ def main(argv: list[str]) -> int:
     logging.disable_progress_bar()
     if config.threads:
         torch.set_num_threads(config.threads)
-    from llmrl.training import resolve_resume
-    from llmrl.training.resume import list_checkpoints, remove_checkpoint, remove_leftovers
+    from llmrl.training.resume import begin_or_resume
 
-    checkpoint = resolve_resume(work, config.resume_from_checkpoint)
-    if config.resume_from_checkpoint is None and list_checkpoints(work):
-        if not config.overwrite:
-            raise OutputError(
-                f"--work_dir {work} has checkpoints: --resume_from_checkpoint goes on, --overwrite starts anew"
-            )
-        for old in list_checkpoints(work):
-            remove_checkpoint(old)
-    remove_leftovers(work)
+    checkpoint = begin_or_resume(work, config.resume_from_checkpoint, overwrite=config.overwrite)
     options = _facts(config, "seed", "synthetic_rows", "vocab_size", "max_length")
     run = Run(config, work, load_corpus(Path(config.data_dir), work / "tokens", quiet=config.quiet, **options))
     run.train(checkpoint)

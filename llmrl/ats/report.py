@@ -6,6 +6,7 @@ from typing import Any
 
 from llmrl.ats.metrics import LOWER_IS_BETTER
 from llmrl.ats.options import NONE, SHUFFLED, TEMPERATURE, TEMPERATURE_ECE
+from llmrl.tables import aligned_table
 
 _TITLES = {
     "ece": "ECE",
@@ -33,16 +34,7 @@ def markdown_table(methods: dict[str, dict[str, dict[str, float]]]) -> str:
     for name, scores in methods.items():
         label = f"{name} {_CONTROL}" if name == SHUFFLED else name
         rows.append([label, *(_cell(scores[m], _is_best(methods, name, m)) for m in TABLE)])
-    return _align(rows)
-
-
-def _align(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(lines)
+    return aligned_table(rows[0], rows[1:])
 
 
 def _cell(score: dict[str, Any], best: bool) -> str:
@@ -71,7 +63,7 @@ def seeds_table(seeds: dict[str, dict[str, Any]], metric: str = "ece") -> str:
         label = f"{name} {_CONTROL}" if name == SHUFFLED else name
         cells = [_cell(r["methods"][name][metric], _is_best(r["methods"], name, metric)) for r in seeds.values()]
         rows.append([label, *cells])
-    return _align(rows)
+    return aligned_table(rows[0], rows[1:])
 
 
 def scope(level: str | None, answer_confidence: str | None) -> str | None:

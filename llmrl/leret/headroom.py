@@ -14,6 +14,7 @@ from typing import Any
 
 from llmrl.leret.pairs import PairRule, build_pairs
 from llmrl.leret.records import Candidate, Group, level
+from llmrl.tables import aligned_table
 
 # there is nothing to learn beyond these
 MAX_EMPTY_RETRIEVALS = 0.5  # share of searches without a hit
@@ -127,9 +128,9 @@ def headroom_table(report: Mapping[str, Any]) -> str:
     ]
     return "\n\n".join(
         (
-            _table(("exploration", ""), rows),
-            _table(("prompt", "reaches the best", "alone", "mean reward"), wins),
-            _table(("axis", "mean reward", "no hit", "tried"), others),
+            aligned_table(("exploration", ""), rows),
+            aligned_table(("prompt", "reaches the best", "alone", "mean reward"), wins),
+            aligned_table(("axis", "mean reward", "no hit", "tried"), others),
         )
     )
 
@@ -204,12 +205,3 @@ def _shown(value: float | None) -> str:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{key}: {count}" for key, count in counts.items()) or "none"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    lines.insert(1, ["-" * max(width, 3) for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
-    )

@@ -18,6 +18,7 @@ import httpx
 from llmrl.errors import UsageError
 from llmrl.leret.corpus import Corpus, fingerprint, normalise_title
 from llmrl.leret.retriever import Hit, RetrieverError, check_query_batch
+from llmrl.rollout.http import is_http_url
 
 _PATH = "/api/search"
 _TITLE_MARK = " | "
@@ -156,11 +157,6 @@ class HttpRetriever:
 
 
 def _search_url(url: str) -> str:
-    try:
-        parsed = httpx.URL(url)
-        valid = parsed.scheme in ("http", "https") and bool(parsed.host)
-    except (httpx.InvalidURL, TypeError):
-        valid = False
-    if not valid:
+    if not is_http_url(url):
         raise UsageError(f"expected the URL of a search server such as http://127.0.0.1:8893, got {url!r}")
-    return url.rstrip("/") if parsed.path not in ("", "/") else url.rstrip("/") + _PATH
+    return url.rstrip("/") if httpx.URL(url).path not in ("", "/") else url.rstrip("/") + _PATH

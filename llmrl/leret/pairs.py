@@ -74,7 +74,27 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Pair(Record):
+class _AtState(Record):
+    """What belongs to the state it was tried from."""
+
+    state: SearchState
+
+    def __post_init__(self) -> None:
+        self._set(state=self.state if isinstance(self.state, SearchState) else SearchState.from_json(self.state))
+
+    @property
+    def question_id(self) -> str:
+        """The question."""
+        return self.state.question_id
+
+    @property
+    def hop(self) -> int:
+        """Number of the hop, from 1."""
+        return self.state.hop + 1
+
+
+@dataclass(frozen=True)
+class Pair(_AtState):
     """A query preferred to another from the same state.
 
     Of a stop query over a search the rewards are those of the contexts, so their difference may be 0.
@@ -89,7 +109,6 @@ class Pair(Record):
         rejected_prompts: that wrote the worse one.
     """
 
-    state: SearchState
     chosen: str
     rejected: str
     chosen_reward: float
@@ -98,19 +117,9 @@ class Pair(Record):
     rejected_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._set(state=self.state if isinstance(self.state, SearchState) else SearchState.from_json(self.state))
+        super().__post_init__()
         self._set(chosen_prompts=tuple(self.chosen_prompts), rejected_prompts=tuple(self.rejected_prompts))
         self._need(self.chosen != self.rejected, "rejected", "another query than the chosen one")
-
-    @property
-    def question_id(self) -> str:
-        """The question."""
-        return self.state.question_id
-
-    @property
-    def hop(self) -> int:
-        """Number of the hop both are tried in, from 1."""
-        return self.state.hop + 1
 
     @property
     def margin(self) -> float:
@@ -119,25 +128,11 @@ class Pair(Record):
 
 
 @dataclass(frozen=True)
-class Target(Record):
+class Target(_AtState):
     """What supervised training says in a state: the query with the greatest return."""
 
-    state: SearchState
     query: str
     reward: float
-
-    def __post_init__(self) -> None:
-        self._set(state=self.state if isinstance(self.state, SearchState) else SearchState.from_json(self.state))
-
-    @property
-    def question_id(self) -> str:
-        """The question."""
-        return self.state.question_id
-
-    @property
-    def hop(self) -> int:
-        """Number of the hop it is said in, from 1."""
-        return self.state.hop + 1
 
 
 def build_pairs(groups: Iterable[Group], rule: PairRule) -> list[Pair]:

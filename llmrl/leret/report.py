@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmrl.leret.evaluate import METRICS
+from llmrl.tables import aligned_table
 
 TITLES = {"recall": "RE", "ap": "AP", "mrr": "MRR", "both": "both"}
 _SAID = {"both": "both found"}  # "AP and both" would read as another thing
@@ -30,7 +31,7 @@ def scores_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
     for name, found in systems.items():
         scores = [markdown_cell(found[metric], _is_best(systems, name, metric)) for metric in METRICS]
         rows.append([name, *scores, f"{found['hops_used']['value']:.1f}", _share(found["empty"])])
-    return markdown_rows(["system", *(TITLES[metric] for metric in METRICS), "queries", "no hit"], rows)
+    return aligned_table(["system", *(TITLES[metric] for metric in METRICS), "queries", "no hit"], rows)
 
 
 def hops_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
@@ -42,7 +43,7 @@ def hops_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [_both(found["by_hop"][hop]) if hop < len(found["by_hop"]) else "-" for hop in range(hops)]
         rows.append([name, *cells, *(_both(found["by_type"][t]) for t in types)])
     head = [*(f"hop {hop + 1}" for hop in range(hops)), *(f"{t} ({count})" for t, count in types.items())]
-    return markdown_rows(["RE / AP", *head], rows)
+    return aligned_table(["RE / AP", *head], rows)
 
 
 def paired_table(paired: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -52,7 +53,7 @@ def paired_table(paired: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         [name, *(f"{markdown_cell(scores[metric], sign=True)}{mark[verdict(scores[metric])]}" for metric in METRICS)]
         for name, scores in paired.items()
     ]
-    return markdown_rows(["difference", *(TITLES[metric] for metric in METRICS)], rows)
+    return aligned_table(["difference", *(TITLES[metric] for metric in METRICS)], rows)
 
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
@@ -115,13 +116,3 @@ def _share(value: float | None) -> str:
 
 def _list(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
-
-
-def markdown_rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a markdown table with columns of one width."""
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    lines.insert(1, ["-" * max(width, 3) for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmrl.errors import DataError, did_you_mean
-from llmrl.leret.report import TITLES, markdown_cell, markdown_rows
+from llmrl.leret.report import TITLES, markdown_cell
+from llmrl.tables import aligned_table
 
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]
 _SAME = ("corpus", "questions", "hops", "k")
@@ -73,7 +74,7 @@ def transfer_markdown(table: Mapping[str, Any]) -> str:
         [f"{train} - {table['against']}", *(_found(found, test, sign=True) for test in tests)]
         for train, found in table["differences"].items()
     ]
-    return markdown_rows([TITLES[table["metric"]], *(f"tested with {test}" for test in tests)], rows)
+    return aligned_table([TITLES[table["metric"]], *(f"tested with {test}" for test in tests)], rows)
 
 
 def _found(scores: Mapping[str, Any], test: str, *, sign: bool = False) -> str:

@@ -168,14 +168,18 @@ def check_url(url: str) -> str:
     Raises:
         UsageError: It is no http URL.
     """
-    try:
-        parsed = httpx.URL(url)
-        valid = parsed.scheme in ("http", "https") and bool(parsed.host)
-    except (httpx.InvalidURL, TypeError):
-        valid = False
-    if not valid:
+    if not is_http_url(url):
         raise UsageError(f"expected the URL of a server such as http://127.0.0.1:8000, got {url!r}")
     return url.rstrip("/").removesuffix("/v1")
+
+
+def is_http_url(url: str) -> bool:
+    """Tell whether it is an http or https URL with a host."""
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
 def _message(answer: Any) -> str:

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llmrl.errors import CheckpointError
+from llmrl.errors import CheckpointError, OutputError
 from llmrl.files import write_json
 
 MANIFEST = "llmrl_checkpoint.json"
@@ -153,6 +153,25 @@ def resolve_resume(
     if not sharded:
         refuse_pickles(checkpoint)
     return str(checkpoint)
+
+
+def begin_or_resume(work_dir: Path | str, resume_from_checkpoint: str | bool | None, *, overwrite: bool) -> str | None:
+    """Return the checkpoint to go on from; of a run that starts anew clear the folder of earlier checkpoints.
+
+    Raises:
+        OutputError: `work_dir` has checkpoints and neither resuming nor overwriting was asked for.
+        CheckpointError: see `resolve_resume`.
+    """
+    checkpoint = resolve_resume(work_dir, resume_from_checkpoint)
+    earlier = list_checkpoints(work_dir) if resume_from_checkpoint is None else []
+    if earlier and not overwrite:
+        raise OutputError(
+            f"--work_dir {work_dir} has checkpoints: --resume_from_checkpoint goes on, --overwrite starts anew"
+        )
+    for old in earlier:
+        remove_checkpoint(old)
+    remove_leftovers(work_dir)
+    return checkpoint
 
 
 def compare_runs(checkpoint: Path | str, facts: dict[str, Any]) -> None:
