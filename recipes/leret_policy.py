@@ -55,6 +55,9 @@ class PolicyConfig:
     intermediate_size: int = option(512, help="width of the MLP")
     max_length: int = option(1024, help="the model's context")
     plain_weights: bool = option(False, help="begin with the usual random weights, to compare")
+    dtype: str = option(
+        "auto", choices=("auto", "float32", "bfloat16"), help="of matrix products; auto asks what the CPU is fast in"
+    )
     learning_rate: float = option(4e-4, help="peak learning rate")
     warmup_steps: int = option(30, help="steps with a rising learning rate")
     decay_share: float = option(0.7, help="share of the steps with a falling learning rate")
@@ -112,6 +115,14 @@ def _check(config: PolicyConfig) -> None:
         raise UsageError(f"--segments {config.segments}: expected 2 to {len(data.LATER_HOPS) + 1}")
 
 
+def fast_dtype() -> str:
+    """Return "bfloat16" on a CPU with instructions for it, else "float32": emulated it is ten times slower."""
+    import torch
+
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if found.get("amx_bf16") or found.get("avx512_bf16") else "float32"
+
+
 class Run:
     """Model, optimizer, data and what is logged of them."""
 
@@ -120,6 +131,7 @@ class Run:
         from leret_policy_model import build_model
 
         self.config, self.work, self.pools = config, work, pools
+        self.dtype = fast_dtype() if config.dtype == "auto" else config.dtype
         self.format = data.prompt_format()
         self.styles = {style.name: style for style in (self.format.bare, *self.format.styles)}
         self.states = data.StateMaker(pools)
@@ -225,7 +237,7 @@ class Run:
         free += ("save_steps", "log_steps", "eval_steps", "max_steps")
         names = [f.name for f in dataclasses.fields(self.config) if f.name not in free]
         corpora = [pool.corpus.fingerprint for pool in self.pools]
-        return {**{name: getattr(self.config, name) for name in names}, "corpora": corpora}
+        return {**{name: getattr(self.config, name) for name in names}, "dtype": self.dtype, "corpora": corpora}
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
@@ -282,7 +294,7 @@ class Run:
         """Return float32 logits of the tokens that are learned, `[number of labels, V]`."""
         import torch
 
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
             self.current = batch
             hidden = self.model.model(
                 input_ids=batch.ids, position_ids=batch.positions, attention_mask=None, use_cache=False

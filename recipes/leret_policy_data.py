@@ -12,7 +12,6 @@ policy learns to copy what it reads, not to remember names. Queries are written 
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from llmrl.errors import DataError
 from llmrl.leret.bm25 import BM25Retriever
 from llmrl.leret.corpus import Corpus, Passage, load_corpus
+from llmrl.leret.partitions import share_of
 from llmrl.leret.prompts import PromptFormat, PromptStyle
 from llmrl.leret.questions import Question, load_questions
 from llmrl.leret.rules import FUNCTION_WORDS, RULES, SHOWN_WORDS, capitalised, content, words
@@ -69,7 +69,7 @@ def load_pools(passages: Sequence[str], questions: Sequence[str], validation_sha
     for passage_file, question_file in zip(passages, questions, strict=True):
         corpus = load_corpus(passage_file)
         found = load_questions(question_file, corpus).questions
-        kept = [_share(question.text) < validation_share for question in found]
+        kept = [share_of(question.text) < validation_share for question in found]
         train = tuple(question for question, out in zip(found, kept, strict=True) if not out)
         if not train:
             raise DataError(
@@ -78,10 +78,6 @@ def load_pools(passages: Sequence[str], questions: Sequence[str], validation_sha
         validation = tuple(question for question, out in zip(found, kept, strict=True) if out)
         pools.append(Pool(corpus, BM25Retriever(corpus), train, validation))
     return pools
-
-
-def _share(text: str) -> float:
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
 
 
 def prompt_format() -> PromptFormat:

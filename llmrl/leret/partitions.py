@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ def slice_questions(ids: Sequence[str], *, few_shot: int = 0, dev: int = 0, seed
         )
     order = shuffled(ids, seed, "slice")
     return Slices(order[few_shot + dev :], order[:few_shot], order[few_shot : few_shot + dev])
+
+
+def share_of(text: str) -> float:
+    """Return a number from 0 to below 1 that the text alone decides: a question is held out when it is below some share."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8
 
 
 def shuffled(ids: Sequence[str], seed: int, *parts: int | str) -> tuple[str, ...]:

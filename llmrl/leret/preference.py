@@ -10,7 +10,6 @@ Dropout is off, as in trl: the reference was computed without it.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,15 +24,14 @@ from llmrl.errors import UsageError, did_you_mean
 from llmrl.leret.collate import PairCollator
 from llmrl.leret.losses import (
     REDUCTIONS,
-    SequenceLogps,
     dpo_loss,
     implied_margin,
     ipo_loss,
     log_ratios,
     preference_metrics,
-    sequence_logps,
 )
-from llmrl.leret.policy_files import bare_model, open_policy
+from llmrl.leret.pair_forward import completion_logps
+from llmrl.leret.policy_files import open_policy
 from llmrl.leret.preference_data import PairRow, fingerprint_rows, read_pairs
 from llmrl.leret.reference import REFERENCES, reference_logps
 from llmrl.leret.stage import (
@@ -159,21 +157,6 @@ class PreferenceTrainer(Stage, SafeCheckpoints):
             logs = {**logs, **{name: total / pairs for name, total in totals.items()}, **self.objective.target}
             self._sums = {}
         super().log(logs, start_time)
-
-
-def completion_logps(model: Any, batch: Mapping[str, Tensor]) -> tuple[SequenceLogps, SequenceLogps]:
-    """Return the log-probabilities `[B]` of the chosen and of the rejected completions of a PairCollator batch."""
-    mask, labels = batch["attention_mask"], batch["completion_labels"]
-    taken = inspect.signature(bare_model(getattr(model, "module", model)).forward).parameters
-    more: dict[str, Any] = {"use_cache": False}
-    if "position_ids" in taken:
-        more["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)  # prompts are padded on the left
-    if "logits_to_keep" in taken:
-        more["logits_to_keep"] = labels.shape[1]
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask, **more).logits[:, -labels.shape[1] :]
-    total, length = sequence_logps(logits, labels)
-    half = len(total) // 2
-    return SequenceLogps(total[:half], length[:half]), SequenceLogps(total[half:], length[half:])
 
 
 def train_preference(

@@ -14,7 +14,7 @@ from llmrl.errors import CheckpointError, DataError, ModelError, UsageError
 from llmrl.fingerprints import _PROBES
 from llmrl.leret.collate import PairCollator
 from llmrl.leret.policy_files import check_saved, open_policy
-from llmrl.leret.preference import Objective, PreferenceTrainer, completion_logps, train_preference, with_reference
+from llmrl.leret.preference import Objective, PreferenceTrainer, train_preference, with_reference
 from llmrl.leret.preference_data import PairRow, read_pairs
 from llmrl.leret.reference import fingerprint_live
 from llmrl.leret.train_settings import TrainSettings, training_arguments
@@ -52,21 +52,6 @@ def test_collator_lines_completions_up_at_one_column():
     ]  # fmt: skip
     assert batch["ref_chosen"].tolist() == [-1.5, -1.5]
     assert batch["ref_rejected"].tolist() == [-2.5, -2.5]
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "gpt2"])
-def test_completion_logps_equals_unpadded_rows_and_makes_no_logits_of_prompts(tiny_model, name):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(name), attn_implementation="eager")
-    shapes = []
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    with torch.no_grad():
-        chosen, rejected = completion_logps(model, PairCollator()([{"row": row} for row in PAIRS]))
-    assert shapes == [(6, 5, model.config.vocab_size)]  # prompts have up to 6 tokens, completions up to 4
-    assert chosen.length.tolist() == [2, 4, 2]
-    assert rejected.length.tolist() == [3, 1, 3]
-    for i, row in enumerate(PAIRS):
-        assert chosen.total[i].item() == pytest.approx(-nll(model, row.prompt_ids, row.chosen_ids), rel=1e-5)
-        assert rejected.total[i].item() == pytest.approx(-nll(model, row.prompt_ids, row.rejected_ids), rel=1e-5)
 
 
 def test_objective_says_what_margin_is_asked_for():
