@@ -106,9 +106,10 @@ def main(argv: list[str]) -> int:
                 )
         if config.encoder:
             transfer(run, stages)
+        (run.folder / "done").touch()
     missing = [n for n in range(len(config.policies)) if not (Run(config, n, "").folder / "done").is_file()]
     if missing:
-        print(f"seeds {', '.join(map(str, missing))} are still to be run")
+        print(f"no tables yet: still to be run with --only {' '.join(map(str, missing))}")
         return EXIT_DONE
     from leret_report import write_tables
 
@@ -206,7 +207,8 @@ def few_shot_styles(run: Run, options: Any) -> list[Any]:
             made, how = bootstrap_styles(
                 explorer, opened.setup.format, aside, run.folder / "few-shot", styles=1, demos=2, seed=run.seed
             )  # a context of 1,024 tokens holds two
-        print(how)
+        if not run.config.quiet:
+            print(how)
         file.write_text(json.dumps([replace(style, name="few-shot").to_json() for style in made]), encoding="utf-8")
     return [PromptStyle.from_json(row) for row in json.loads(file.read_text(encoding="utf-8"))]
 

@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     for rate in config.lr:
         name = f"{best} ipo-{rate:g}"
         scores[name] = score(name, _ipo(options, work / best / "final", pairs, work / name.replace(" ", "-"), rate))
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     write_json(Path(config.output_dir) / "leret-rates.json", {**facts, "scores": scores})
     return EXIT_DONE
 

@@ -38,6 +38,7 @@ def write_tables(config: Any, names: Sequence[str]) -> None:
         names: of the reports, "SET-HOP2".
     """
     output, work = Path(str(config.output_dir)), Path(config.work_dir)
+    output.mkdir(parents=True, exist_ok=True)
     folders = {str(seed): work / f"seed-{seed}" for seed in range(len(config.policies))}
     reports = {name: pooled({seed: folder / name for seed, folder in folders.items()}, config.draws) for name in names}
     claims = [claim for name in names for claim in claims_of(name, reports[name])]
