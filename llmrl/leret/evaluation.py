@@ -126,7 +126,13 @@ def _play_model(
     own = load_setup(adapter, model)
     used = opened
     if own is not None:
-        own_format = replace(own.format, max_tokens=opened.config.max_tokens or own.format.max_tokens)
+        config, form = opened.config, own.format
+        thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+        own_format = replace(
+            form,
+            max_tokens=config.max_tokens or form.max_tokens,
+            template_options={**form.template_options, **thinking},
+        )
         used = replace(opened, setup=replace(opened.setup, format=own_format))
     styles = [used.bare, *(used.styles if opened.config.prompts else ()), *further]
     systems = []

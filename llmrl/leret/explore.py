@@ -1,6 +1,7 @@
 """Exploration: hop after hop, ask for queries in every style, search with them, score what they found, go on from there.
 
     hop-1/candidates.jsonl     every query that was tried, with its hits, reward and return
+    hop-1/foreign.jsonl        passages of a remote retriever that the corpus does not hold, if there are any
     hop-1/answers-T/           the engine's own record of the answers at temperature T (shards)
     hop-1/futures/             of sampled futures, hop by hop
 
@@ -10,16 +11,19 @@ answers that were there. Which context goes on is a function of the candidates a
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 from llmrl.errors import UsageError
+from llmrl.files import write_text
 from llmrl.leret.ask import Answer, Ask, Asker
 from llmrl.leret.context import SearchState, extend, merge, up_to
-from llmrl.leret.corpus import Corpus
+from llmrl.leret.corpus import Corpus, Passage
+from llmrl.leret.jsonl import read_objects
 from llmrl.leret.prompts import BARE, PromptStyle
 from llmrl.leret.questions import Question
 from llmrl.leret.records import Candidate, Group, group_candidates, read_records, write_records
@@ -31,6 +35,7 @@ from llmrl.leret.states import StateRule, next_states
 from llmrl.rollout.seeds import derive_seed
 from llmrl.training.distributed import barrier, is_main_process
 
+FOREIGN_FILE = "foreign.jsonl"
 QUESTION, STOP = "question", "stop"  # who wrote a query that nobody was asked for
 
 
@@ -97,6 +102,9 @@ class Explorer:
         searcher: finds passages.
         corpus: what is searched.
         settings: how.
+
+    Attributes:
+        foreign: passages that a remote retriever returned and the corpus does not hold, by id.
     """
 
     asker: Asker
@@ -104,6 +112,7 @@ class Explorer:
     corpus: Corpus
     settings: ExploreSettings
     clock: Clock = field(default_factory=Clock)
+    foreign: dict[str, Passage] = field(default_factory=dict)
 
     def explore(self, questions: Sequence[Question], styles: Sequence[PromptStyle], folder: Path | str) -> list[Group]:
         """Try every style in every state of every hop; return the groups of all hops.
@@ -167,7 +176,7 @@ class Explorer:
             answers = self._ask_all(hop, asks, style, temperature, Path(folder) / f"hop-{hop}")
             # a prompt without an answer ends its search with what was found, as an empty query does
             wanted = [(now[name], answer.query) for name, answer in sorted(answers.items()) if answer.query.strip()]
-            hits = self.searcher.search([(ends[i][s], query) for (i, s), query in wanted])
+            hits = self._search([(ends[i][s], query) for (i, s), query in wanted])
             for ((i, s), query), found in zip(wanted, hits, strict=True):
                 ends[i][s] = extend(ends[i][s], query, found)
             live = sorted(key for key, _ in wanted)
@@ -176,6 +185,21 @@ class Explorer:
     def context(self, state: SearchState) -> tuple[str, ...]:
         """Return the passages of a state in the order of prompt and reward."""
         return merge(state, self.settings.merge)
+
+    def passage(self, name: str) -> Passage:
+        """Return a passage that was found, by its id: one of the corpus, or one that only the retriever knows."""
+        return self.corpus.by_id.get(name) or self.foreign[name]
+
+    def _search(self, wanted: Sequence[tuple[SearchState, str]]) -> list[list[Hit]]:
+        found = self.searcher.search(wanted)
+        for hit in (hit for hits in found for hit in hits if hit.id not in self.corpus.by_id):
+            self.foreign[hit.id] = Passage(hit.id, hit.title, hit.text)
+        return found
+
+    def _write_foreign(self, file: Path) -> None:
+        if self.foreign:
+            rows = [asdict(self.foreign[name]) for name in sorted(self.foreign)]
+            write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _check(self, styles: Sequence[PromptStyle]) -> None:
         names = [style.name for style in styles]
@@ -197,7 +221,7 @@ class Explorer:
         return {name: answer for (name, _), answer in answers.items()}
 
     def _ask(self, key: str, state: SearchState, questions: Mapping[str, Question], style: PromptStyle) -> Ask:
-        passages = tuple(self.corpus.by_id[name] for name in self.context(state))
+        passages = tuple(self.passage(name) for name in self.context(state))
         return Ask(key, questions[state.question_id].text, passages, style)
 
     def _hop(
@@ -219,8 +243,12 @@ class Explorer:
             if is_main_process():
                 folder.mkdir(parents=True, exist_ok=True)
                 candidates.sort(key=lambda candidate: candidate.order)
+                self._write_foreign(folder / FOREIGN_FILE)
                 write_records(file, candidates)
         barrier()
+        if (folder / FOREIGN_FILE).is_file():
+            found = [Passage(**row) for _, row in read_objects(folder / FOREIGN_FILE)]
+            self.foreign |= {passage.id: passage for passage in found}
         return read_records(file, Candidate)
 
     def _candidates(
@@ -254,7 +282,7 @@ class Explorer:
                     key, style = asks[name]
                     tried.append((by_key[key], style.name, sample, temperature, answer))
         tried += [(s, STOP, 0, 0.0, Answer("")) for s in states if self._is_solved(s, questions[s.question_id])]
-        hits = self.searcher.search([(state, answer.query) for state, *_, answer in tried])
+        hits = self._search([(state, answer.query) for state, *_, answer in tried])
         with self.clock.measure():
             return [
                 self._scored(questions[one[0].question_id], *one, found) for one, found in zip(tried, hits, strict=True)

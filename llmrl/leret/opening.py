@@ -125,12 +125,16 @@ def open_search(config: LeretConfig, corpus: Corpus) -> Retriever:
     slow = config.retriever != "bm25"
     if slow:
         cache_dir.mkdir(parents=True, exist_ok=True)
-    dense = {"encoder": config.encoder, "cache_dir": cache_dir} if slow else {}
+    dense: dict[str, Any] = {"cache_dir": cache_dir}
+    if config.retriever in ("dense", "hybrid"):
+        from llmrl.leret.dense import default_encoder
+
+        dense["encoder"] = config.encoder or default_encoder()
     return open_retriever(
         config.retriever,
         corpus,
         cache=cache_dir / "searches.sqlite" if slow else None,
-        dense=dense,
+        dense=dense if slow else {},
         http={"url": config.retriever_url},
     )
 

@@ -57,7 +57,7 @@ class LeretConfig:
     adapter: str | None = option(None, help="folder of a PEFT LoRA adapter of the model")
 
     retriever: str = option("bm25", choices=RETRIEVERS, help="what searches the corpus")
-    encoder: str | None = option(None, help="encoder of dense and hybrid: a folder, or a hub name")
+    encoder: str | None = option(None, help="of dense and hybrid: a folder, or a hub name (default: all-MiniLM-L6-v2)")
     retriever_url: str | None = option(None, help="of the http retriever, ColBERT-style JSON")
     cache_dir: str | None = option(None, help="where searches and embeddings are kept (default: in --output_dir)")
     hops: int | None = option(None, help="searches a question (default: the model's own, or 2)")
@@ -168,10 +168,6 @@ class LeretConfig:
                 raise UsageError(f"missing --{name}: {what}")
         if self.policy == "model" and self.model is None:
             raise UsageError("missing --model: a folder, or a hub name; or --policy rules, which asks no model")
-        if self.retriever in ("dense", "hybrid") and self.encoder is None:
-            raise UsageError(
-                f"--retriever {self.retriever} needs --encoder, a folder or hub name of a sentence encoder"
-            )
         if self.retriever == "http" and self.retriever_url is None:
             raise UsageError("--retriever http needs --retriever_url, e.g. http://127.0.0.1:8893/api/search")
         if self.server_url and self.rollout_backend not in ("auto", "server"):

@@ -39,10 +39,15 @@ def shares_prompt(model: Any) -> bool:
     bare = _bare(model)
     if not {"past_key_values", "position_ids", "logits_to_keep"} <= set(inspect.signature(bare.forward).parameters):
         return False
-    if bare.training and getattr(bare, "is_gradient_checkpointing", False):
+    if bare.training and (getattr(bare, "is_gradient_checkpointing", False) or _is_wrapped(bare)):
         return False
     layers = DynamicCache(config=bare.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _is_wrapped(bare: Any) -> bool:
+    """Tell whether layers are wrapped to be computed again in the backward pass, as FSDP's activation checkpointing does."""
+    return any(type(module).__name__ == "CheckpointWrapper" for module in bare.modules())
 
 
 def _after_shared_prompt(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, labels: Tensor) -> Tensor:

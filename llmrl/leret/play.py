@@ -37,14 +37,20 @@ def baselines(
     k: int,
     unseen_only: bool,
 ) -> list[System]:
-    """Return `question`, which asks the question on every hop, and `question-top`, its top k x hops in one search."""
+    """Return `question`, which asks the question on every hop, and `question-top`, its top k x hops in one search.
+
+    Raises:
+        RetrieverError: most questions find nothing, so that no row of a report would mean anything.
+    """
     every_hop = Searcher(retriever, k, unseen_only=unseen_only)
     at_once = Searcher(retriever, k * settings.hops)
     rows = [(QUESTION, every_hop, settings), (QUESTION_TOP, at_once, replace(settings, hops=1))]
-    return [
+    systems = [
         play(name, Explorer(_rule(_the_question), searcher, corpus, used), questions, PromptStyle("rule", ""), Path())
         for name, searcher, used in rows
     ]
+    every_hop.watch.finish()
+    return systems
 
 
 def rule_systems(

@@ -88,6 +88,9 @@ def open_policy(model: Any, settings: TrainSettings, tokenizer: Any = None) -> P
         model, base_name, default = _load(path, settings)
         tokenizer = tokenizer or load_tokenizer(default)
     bare = bare_model(model)
+    other = next((str(c.peft_type) for c in getattr(model, "peft_config", {}).values() if c.peft_type != "LORA"), None)
+    if other is not None:
+        raise UsageError(f"an adapter of kind {other.rpartition('.')[2]}: expected LoRA, which vLLM serves")
     if getattr(bare, "llmrl_heads", None):
         raise ModelError(
             f"{base_name} carries llmrl heads, which training its base would make wrong; name the base model"

@@ -201,7 +201,7 @@ def train_preference(
     output_dir = prepare_stage(output_dir, settings, resume)
     pairs = read_pairs(pairs) if isinstance(pairs, str | Path) else pairs
     policy = open_policy(model, settings, tokenizer)
-    rows, left_out = choose_rows(pairs, policy, settings)
+    rows, left_out, settings = choose_rows(pairs, policy, settings)
     _announce(objective, rows, settings.quiet)
     disable_dropout(policy.model)
     arguments = TrainingArguments(**training_arguments(settings, str(output_dir), len(rows), autocast=policy.autocast))

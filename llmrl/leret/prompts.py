@@ -20,6 +20,7 @@ from llmrl.types import Message, Record
 
 PROMPT_FILE = "search_prompt.json"
 BARE = "bare"
+ECHO_HEADERS = ("Question:",)  # of the prompt; a query that repeats it copies the prompt
 _QUOTES = "\"'`“”"
 _THINKING, _THOUGHT = "<think>", "</think>"
 

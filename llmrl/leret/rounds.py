@@ -36,7 +36,7 @@ from llmrl.leret.pairs import PairRule
 from llmrl.leret.partitions import partition_rounds, shuffled, slice_questions
 from llmrl.leret.play import play
 from llmrl.leret.preference_data import read_pairs, read_sft_rows
-from llmrl.leret.prompts import PromptStyle
+from llmrl.leret.prompts import ECHO_HEADERS, PromptStyle
 from llmrl.leret.questions import Question
 from llmrl.leret.train_settings import TrainSettings
 from llmrl.rollout.seeds import derive_seed
@@ -86,6 +86,7 @@ def explore_round(opened: Opened, number: int, learner: Learner, folder: Path, s
             margin=float(config.margin or 0),
             max_pairs=int(config.max_pairs or 0),
             near_duplicate=float(config.near_duplicate or 1),
+            echo_headers=ECHO_HEADERS,
             stop_query="" if config.keep_solved else None,
             seed=seed,
         )
@@ -133,7 +134,7 @@ def train_round(opened: Opened, number: int, learner: Learner, folder: Path, say
     from llmrl.leret.sft import train_sft
 
     config = opened.config
-    facts = {"base": Path(str(config.model)).name, **opened.facts(), "round": str(number)}
+    facts = {"base": str(config.model), **opened.facts(), "round": str(number)}
     now = learner
     if config.sft_epochs:
         rows = read_sft_rows(folder / SFT_FILE)
@@ -173,6 +174,9 @@ def run_rounds(opened: Opened, output_dir: Path, say: Say) -> Path:
         say(headroom_table(report))
         reason = refuse_reason(report)
         if reason and not config.force:
+            if best is not None:
+                say(f"round {number}: {reason}\nstopped: the policy is that of the rounds before")
+                break
             raise DataError(f"round {number}: {reason}\nsee {folder / 'headroom.md'}; --force trains all the same")
         learner = train_round(opened, number, learner, folder, say)
         found = _dev_recall(opened, learner, folder / "dev.json", f"round {number}", say)
@@ -226,7 +230,7 @@ def _render(opened: Opened, explorer: Explorer, questions: Sequence[Question]) -
     texts = {question.id: question.text for question in questions}
 
     def render(state: Any) -> Any:
-        passages = [opened.corpus.by_id[name] for name in explorer.context(state)]
+        passages = [explorer.passage(name) for name in explorer.context(state)]
         return opened.setup.format.messages(opened.bare, texts[state.question_id], passages)
 
     return render
@@ -264,7 +268,7 @@ def _stage(folder: Path, train: Any, say: Say) -> Path:
 
 def _learned(opened: Opened, before: Learner, final: Path, tuning: str | None) -> Learner:
     if is_main_process():
-        opened.setup.save(final)
+        replace(opened.setup, notes=opened.facts()).save(final)
     barrier()
     return Learner(before.model, str(final)) if tuning == "lora" else Learner(str(final), None)
 
@@ -276,8 +280,9 @@ def _dev_recall(opened: Opened, learner: Learner, file: Path, what: str, say: Sa
         with open_asker(opened, learner.model, learner.adapter) as asker:
             explorer = opened.explorer(asker, derive_seed(opened.config.seed, "dev"))
             system = play(what, explorer, opened.dev.questions, opened.bare, file.with_suffix(""))
+            explorer.searcher.watch.finish()
         if is_main_process():
-            write_json(file, report_json([system], [])["systems"][what])
+            write_json(file, {**report_json([system], [])["systems"][what], **opened.facts()})
         barrier()
     scores = json.loads(file.read_text(encoding="utf-8"))
     recall, ap, both = (scores[metric]["value"] for metric in ("recall", "ap", "both"))

@@ -98,6 +98,10 @@ def _claim(folder: Path, what: dict[str, Any], overwrite: bool, file: str) -> No
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise OutputError(f"{path} is damaged ({error}); --overwrite starts anew") from None
+        if before.get("dev_questions") is None and what.get("dev_questions") is not None:
+            # what was explored and trained stays right: dev only decides which round is the best
+            before["dev_questions"] = what["dev_questions"]
+            write_json(path, before)
         changed = _changes(before, what)
         if changed:
             more = f" ({len(changed)} differences)" if len(changed) > 1 else ""

@@ -67,7 +67,7 @@ def train_sft(
     output_dir = prepare_stage(output_dir, settings, resume)
     rows = read_sft_rows(rows) if isinstance(rows, str | Path) else rows
     policy = open_policy(model, settings, tokenizer)
-    kept, left_out = choose_rows(rows, policy, settings)
+    kept, left_out, settings = choose_rows(rows, policy, settings)
     if settings.quiet:
         disable_progress_bars()
     arguments = training_arguments(settings, str(output_dir), len(kept), autocast=policy.autocast)

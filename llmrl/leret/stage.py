@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,14 +173,22 @@ def prepare_stage(output_dir: Path | str, settings: TrainSettings, resume: str |
     """
     check_tracker(settings.report_to)
     check_processes(announce=not settings.quiet)
+    if world_size() > 1 and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("1", "true"):
+        # the reference is computed before FSDP hands out the weights, and all but one process would hold zeros
+        raise DistributedError(
+            "fsdp_cpu_ram_efficient_loading leaves the weights out of all processes but one: set it to false in the launch file"
+        )
     output_dir = Path(output_dir).expanduser()
     check_fresh(output_dir, resume)
     output_dir.mkdir(parents=True, exist_ok=True)
     return output_dir
 
 
-def choose_rows(rows: Sequence[Row], policy: Policy, settings: TrainSettings) -> tuple[list[Row], str]:
-    """Return the rows that fit the model, and a line on those left out; see `fit_to_length` and `check_vocabulary`."""
+def choose_rows(rows: Sequence[Row], policy: Policy, settings: TrainSettings) -> tuple[list[Row], str, TrainSettings]:
+    """Return the rows that fit the model, a line on those left out, and the settings; see `fit_to_length`, `check_vocabulary`.
+
+    Where long rows are dropped, a batch is no larger than what is left of them.
+    """
     check_vocabulary(rows, policy.bare.get_input_embeddings().weight.shape[0])
     longest = context_length(policy.bare, policy.tokenizer)
     if settings.max_length is not None:
@@ -187,6 +196,8 @@ def choose_rows(rows: Sequence[Row], policy: Policy, settings: TrainSettings) ->
             settings.max_length, getattr(policy.bare.config, "max_position_embeddings", None) or settings.max_length
         )
     kept, left_out = fit_to_length(rows, longest, settings.long_rows)
+    if settings.long_rows == "drop" and world_size() <= len(kept) < settings.batch_size:
+        settings = replace(settings, batch_size=len(kept) // world_size() * world_size())
     steps = steps_of(settings, len(kept))
     if is_main_process():
         if left_out:
@@ -197,7 +208,7 @@ def choose_rows(rows: Sequence[Row], policy: Policy, settings: TrainSettings) ->
                 settings.warmup_steps,
                 steps,
             )
-    return kept, left_out
+    return kept, left_out, settings
 
 
 def silence(trainer: Any) -> None:

@@ -13,7 +13,7 @@ from llmrl.leret.report import TITLES, markdown_cell
 from llmrl.tables import aligned_table
 
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]
-_SAME = ("corpus", "questions", "hops", "k")
+_SAME = ("corpus", "questions", "search")
 
 
 def transfer_table(

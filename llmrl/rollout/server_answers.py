@@ -13,7 +13,7 @@ from llmrl.errors import RequestError
 from llmrl.rollout.engine import Request, cut_answer
 from llmrl.rollout.http import ServerFault
 from llmrl.rollout.protocols import Sample
-from llmrl.types import FinishReason, PolicyVersion
+from llmrl.types import FinishReason, PolicyVersion, SamplingConfig
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 _ID = "token_id:"
@@ -32,14 +32,7 @@ def completion_body(request: Request, model: str) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(request.token_ids),
-        "max_tokens": wanted.max_tokens,
-        "temperature": wanted.temperature,
-        "top_p": wanted.top_p,
-        "top_k": wanted.top_k,
-        "min_p": wanted.min_p,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
+        **sampling_body(wanted),
         "stop": list(wanted.stop),
         "stop_token_ids": sorted(request.end_ids),
         "ignore_eos": True,  # the end tokens are all in stop_token_ids, as for the other backends
@@ -53,6 +46,20 @@ def completion_body(request: Request, model: str) -> dict[str, Any]:
     if wanted.json_schema is not None:
         body["structured_outputs"] = {"json": wanted.json_schema}
     return body
+
+
+def sampling_body(wanted: SamplingConfig) -> dict[str, Any]:
+    """Return every setting of how tokens are drawn, penalties that llmrl never uses among them."""
+    return {
+        "max_tokens": wanted.max_tokens,
+        "temperature": wanted.temperature,
+        "top_p": wanted.top_p,
+        "top_k": wanted.top_k,
+        "min_p": wanted.min_p,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
 
 
 def score_body(token_ids: Sequence[int], model: str) -> dict[str, Any]:

@@ -65,7 +65,6 @@ def test_help_takes_less_than_half_a_second(process, action):
         (("explor", *RULES), "unknown action 'explor'; did you mean 'explore'?"),
         (("explore", *RULES, "--hop", "3"), "unknown option --hop; did you mean --hops?"),
         (("explore", *RULES, "--retriever", "bm26"), "--retriever bm26: not a choice; did you mean 'bm25'?"),
-        (("explore", *RULES, "--retriever", "dense"), "--retriever dense needs --encoder"),
         (("explore", *RULES, "--retriever", "http"), "--retriever http needs --retriever_url"),
         (("explore", *RULES, "--k", "0"), "--k must be at least 1, got 0"),
         (("explore", *RULES, "--reward", "app"), "--reward app: not a choice; did you mean 'ap'?"),

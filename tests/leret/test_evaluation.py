@@ -10,8 +10,10 @@ from run_world import SETUP, Models, opened
 
 from llmrl.errors import OutputError, RequestError, UsageError
 from llmrl.leret import run as commands
+from llmrl.leret.ask import EngineAsker
 from llmrl.leret.evaluation import evaluate, systems_of
 from llmrl.leret.prompts import PromptFormat, PromptStyle, load_setup
+from llmrl.leret.retriever import RetrieverError
 from llmrl.leret.rules import RULES
 
 FACTS = {"corpus", "retriever", "retriever_fingerprint", "reward", "search", "models"}
@@ -207,3 +209,30 @@ def test_a_policy_trained_behind_the_question_is_played_behind_the_question(tmp_
     outcomes = map(json.loads, (tmp_path / "eval" / "outcomes.jsonl").read_text().splitlines())
     first = {row["queries"][0] for row in outcomes if row["system"] == "policy"}
     assert first == {question.text for question in again.questions.questions}
+
+
+def test_a_retriever_that_finds_nothing_ends_an_evaluation_with_the_count(played, monkeypatch):
+    monkeypatch.setattr("llmrl.leret.bm25.BM25Retriever.search", lambda self, queries, k: [[] for _ in queries])
+    with pytest.raises(RetrieverError, match="20 of the last 20 searches with bm25 came back empty"):
+        played()
+
+
+def test_thinking_is_switched_for_a_model_with_a_prompt_of_its_own(played, tmp_path):
+    options = []
+    setup = replace(SETUP, format=PromptFormat(instruction="name", template_options={"enable_thinking": True, "x": 1}))
+    base = tmp_path / "in" / "base"
+    base.mkdir(parents=True)
+    setup.save(base)
+
+    def answer(request):
+        return say(request)
+
+    def spy(self, engine, form, *args, **named):
+        options.append(form.template_options)
+        return real(self, engine, form, *args, **named)
+
+    real = EngineAsker.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineAsker, "__init__", spy)
+        played(scripts={"base": answer}, enable_thinking=False)
+    assert options == [{"enable_thinking": False, "x": 1}]

@@ -2,9 +2,10 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
-from explore_world import BARE, QUESTIONS, ChainRetriever, engine, explorer, prompt_text, say, style
+from explore_world import BARE, CORPUS, QUESTIONS, ChainRetriever, engine, explorer, prompt_text, say, style
 from small_world import DAMS, PEOPLE, search
 
 from llmrl.errors import EngineError, RequestError, UsageError
@@ -303,3 +304,26 @@ def test_retrieval_scoring_and_pairs_of_a_thousand_questions_take_seconds(tmp_pa
     assert len(groups) > 1500
     assert pairs
     assert time.perf_counter() - begun < 60
+
+
+def test_passages_that_only_a_remote_retriever_knows_are_shown_kept_and_count_as_ranks(tmp_path):
+    """The server returns d0 second for hop 1 of chain 5; the corpus of the run does not hold it."""
+
+    class Remote(ChainRetriever):
+        def _one(self, wanted, k):
+            return [replace(hit, title=f"title {hit.id}", text="of the server") for hit in super()._one(wanted, k)]
+
+    def run(answer):
+        one = explorer(engine(answer), retriever=Remote(), state_rule=TOP)
+        one.corpus = Corpus(tuple(passage for passage in one.corpus.passages if passage.id != "d0"))
+        return one, one.explore(QUESTIONS[5:6], [BARE], tmp_path)
+
+    prompts = []
+    first, groups = run(lambda request: prompts.append(prompt_text(request)) or say(request))
+    assert of(groups, "q5", 1)["bare", 0, 0.0].hits == ("d5", "d0", "d1")
+    assert "title d0 | of the server" in prompts[1]
+    assert first.passage("d0") == Passage("d0", "title d0", "of the server")
+    assert first.passage("d5").text == CORPUS.by_id["d5"].text
+    again, same = run(lambda request: pytest.fail("what is there is not asked again"))
+    assert same == groups
+    assert again.passage("d0") == first.passage("d0")

@@ -79,8 +79,6 @@ def test_where_the_presets_differ():
         ({"passages": []}, "missing --passages"),
         ({"output_dir": None}, "missing --output_dir"),
         ({"model": None}, "missing --model.*or --policy rules"),
-        ({"retriever": "dense"}, "--retriever dense needs --encoder"),
-        ({"retriever": "hybrid"}, "--retriever hybrid needs --encoder"),
         ({"retriever": "http"}, "--retriever http needs --retriever_url"),
         ({"server_url": ["http://a"], "rollout_backend": "vllm"}, "--server_url goes with --rollout_backend server"),
         ({"hops": 0}, "--hops must be at least 1"),

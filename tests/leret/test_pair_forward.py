@@ -67,3 +67,13 @@ def test_prompt_is_not_shared_where_nothing_is_kept_of_it(tiny_model):
     model.gradient_checkpointing_enable()
     assert not shares_prompt(model)
     assert shares_prompt(model.eval())
+
+
+def test_prompt_is_not_shared_by_layers_that_are_wrapped_to_be_computed_again(tiny_model):
+    """As FSDP's activation checkpointing does: the second computation would find a longer cache."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).train()
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    assert not shares_prompt(model)
+    assert shares_prompt(model.eval())

@@ -10,8 +10,9 @@ from stage_rows import END, MODEL, write_pairs
 from stage_run import forwards, nll, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from llmrl.errors import CheckpointError, DataError, ModelError, UsageError
+from llmrl.errors import CheckpointError, DataError, DistributedError, ModelError, UsageError
 from llmrl.fingerprints import _PROBES
+from llmrl.leret import stage
 from llmrl.leret.collate import PairCollator
 from llmrl.leret.policy_files import check_saved, open_policy
 from llmrl.leret.preference import Objective, PreferenceTrainer, train_preference, with_reference
@@ -301,3 +302,34 @@ def test_train_preference_on_1_and_2_processes_agrees(tmp_path):
     left, right = (read_metrics(folder)[0] for folder in (one, two))
     for name in ("loss", "margin", "margin_per_token", "logps_chosen", "logps_rejected"):
         assert left[name] == pytest.approx(right[name], rel=1e-4), name
+
+
+def test_an_adapter_that_is_no_lora_is_refused_before_training(tiny_model):
+    from peft import PromptTuningConfig, get_peft_model
+
+    folder = tiny_model("llama")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    with pytest.raises(UsageError, match="an adapter of kind PROMPT_TUNING: expected LoRA"):
+        open_policy(model, TrainSettings(), AutoTokenizer.from_pretrained(folder))
+
+
+def test_weights_that_lie_on_one_process_only_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(stage, "world_size", lambda: 2)
+    monkeypatch.setattr(stage, "check_processes", lambda **_: None)
+    with pytest.raises(DistributedError, match="fsdp_cpu_ram_efficient_loading leaves the weights out"):
+        stage.prepare_stage(tmp_path / "out", FULL, None)
+
+
+def test_a_batch_is_no_larger_than_what_is_left_of_long_rows(tiny_model):
+    policy = open_policy(tiny_model("llama"), FULL)
+    short = [replace(PAIRS[0], where=f"{i}") for i in range(7)]
+    long = replace(PAIRS[0], prompt_ids=(1,) * 5000, where="long")
+    settings = replace(FULL, batch_size=8, long_rows="drop")
+    kept, left_out, used = stage.choose_rows([*short, long], policy, settings)
+    assert (len(kept), used.batch_size) == (7, 7)
+    assert "left out, 1 of 8 rows" in left_out
+    with pytest.raises(UsageError, match="7 rows are fewer than batch_size 8"):
+        stage.choose_rows(short, policy, FULL)

@@ -126,9 +126,9 @@ def test_report_markdown_of_seeds_names_them_and_shows_the_spread():
 # --- transfer ---------------------------------------------------------------------------------------------------------
 
 
-def report_of(policy, question=0.5, corpus="c0", pairs=(("policy", "question"),)):
+def report_of(policy, question=0.5, corpus="c0", pairs=(("policy", "question"),), k=3):
     systems = [system("question", [question] * 10), system("policy", [policy] * 5 + [0.5] * 5)]
-    return report_json(systems, pairs, draws=50, facts={"corpus": corpus})
+    return report_json(systems, pairs, draws=50, facts={"corpus": corpus, "search": {"k": k}})
 
 
 def test_transfer_table_by_training_and_test_retriever():
@@ -165,6 +165,9 @@ def test_transfer_table_without_differences_has_scores_only():
 def test_transfer_table_of_unlike_reports_is_refused():
     reports = {("bm25", "dense"): report_of(1.0), ("dense", "dense"): report_of(1.0, corpus="c1")}
     with pytest.raises(DataError, match="corpus of 'trained with bm25, tested with dense' and of 'trained with dense"):
+        transfer_table(reports)
+    reports["dense", "dense"] = report_of(1.0, k=5)
+    with pytest.raises(DataError, match="search of 'trained with bm25, tested with dense' and of 'trained with dense"):
         transfer_table(reports)
     reports["dense", "dense"] = report_of(1.0, question=0.75)
     with pytest.raises(DataError, match="recall of 'question' of"):

@@ -346,3 +346,31 @@ def test_open_data_says_what_was_left_out(tmp_path, ready):
     data = open_data(run.config, said.append)
     assert len(data.questions) == 10
     assert "questions: 10 questions, 1 excluded (1 gold document not in the corpus): lost (nowhere)" in said
+
+
+def test_nothing_left_to_learn_in_a_later_round_ends_with_the_policy_of_the_one_before(dev, ready, monkeypatch):
+    reports = iter([None, "every query earns the same"])
+    start = dev
+    real = rounds.run_rounds
+
+    def run(*args):
+        monkeypatch.setattr(rounds, "refuse_reason", lambda report: next(reports))
+        return real(*args)
+
+    monkeypatch.setitem(globals(), "run_rounds", run)
+    explored, final = start([None] * 4, rounds=3)
+    assert explored == [0, 1]
+    assert weights(final) == "preference of round-0"
+    assert any("round 1: every query earns the same" in line for line in ready.said)
+
+
+def test_a_query_that_repeats_the_prompt_is_no_target(ready, tmp_path, monkeypatch):
+    Models(
+        monkeypatch,
+        base=lambda request: f"Question: {say(request)}" if "junk" in prompt_text(request) else say(request),
+    )
+    run = ready()
+    explore_round(run, 0, first_learner(run), tmp_path / "round-0", ready.said.append)
+    pairs = rows(tmp_path / "round-0" / "pairs.jsonl")
+    assert pairs
+    assert not any("Question:" in row[key] for row in pairs for key in ("chosen_query", "rejected_query"))

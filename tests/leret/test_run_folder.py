@@ -96,7 +96,6 @@ def edit(path, change):
         ({}, "questions", lambda rows: rows[1:], "questions: 'sha256:"),
         ({}, "questions", lambda rows: [{**rows[0], "question": "who"}, *rows[1:]], "questions: 'sha256:"),
         ({}, "questions", lambda rows: [{**rows[0], "gold_ids": ["d1"]}, *rows[1:]], "questions: 'sha256:"),
-        ({"dev_questions": ["dev.jsonl"]}, None, None, "dev_questions: None, now 'sha256:"),
         ({"prompts": "styles.json"}, None, None, "prompts: 'sha256:"),
     ],
 )
@@ -161,3 +160,16 @@ def test_folder_with_finished_work_is_kept_after_an_error(tmp_path):
         fail_after(folder, {"a": 1}, "env.json", "round-0/headroom.json")
     with pytest.raises(OutputError, match="another a"):
         claim(folder, {"a": 2})
+
+
+def test_dev_questions_may_come_later_and_are_then_part_of_the_run(tmp_path, monkeypatch):
+    """`explore` needs none; `train` goes on in its folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("dev", "other"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"id": name, "question": f"the {name}", "gold_ids": ["d0"]}) + "\n"
+        )
+    claim(tmp_path / "out", identity(opened(tmp_path / "in")))
+    claim(tmp_path / "out", identity(opened(tmp_path / "in", dev_questions=["dev.jsonl"])))
+    with pytest.raises(OutputError, match="another dev_questions: 'sha256:"):
+        claim(tmp_path / "out", identity(opened(tmp_path / "in", dev_questions=["other.jsonl"])))
