@@ -8,7 +8,6 @@ seed, on the same explored pairs:
     policy      both stages: LeReT
     sft         its supervised stage alone
     sft-longer  supervised training for as many steps as both stages
-    dpo         the same pairs with DPO in place of IPO
     base        the pretrained policy asked plainly; [few-shot] with worked examples of its own, [told] told a rule by name
 
 beside the question on both hops, its top k x hops in one search, every rule, and the oracle among the rules. Nothing is
@@ -28,6 +27,7 @@ from typing import Any
 from llmrl.config import load_config_file, option, parse_config
 from llmrl.errors import EXIT_DONE, UsageError, run_command
 
+SHOWN = ("policy", "sft", "base")  # where no claim needs the other controls
 POLICY, TOLD = "policy", "rest+names-1"  # the rule with the best recall on training questions
 HOP_2 = {"any": False, "unseen": True}  # what hop 2 returns: any passages, or only such as were not found before
 
@@ -39,7 +39,12 @@ class EvalConfig:
     policies: list[str] = option([], help="pretrained policies, one a seed: folders that recipes/leret_policy.py wrote")
     recipe: str = option("recipes/leret/hotpotqa-small.yaml", help="options of the runs")
     further: list[str] = option([], help="further test sets as NAME=QUESTIONS:PASSAGES, on which nothing was trained")
-    encoder: str | None = option(None, help="a sentence encoder: retriever transfer, BM25 and dense")
+    extras: bool = option(
+        False, help="of seed 0: DPO on the same pairs; training and test with BM25 and dense retrieval"
+    )
+    explore_backend: str = option(
+        "vllm", choices=("vllm", "transformers"), help="of exploration; all else is asked by the recipe's"
+    )
     work_dir: str = option("runs/leret-eval", help="where each seed's stages and reports are kept")
     output_dir: str | None = option(None, help="where the tables go")
     only: list[int] = option([], help="seeds to run now; the tables are made when all are there")
@@ -92,19 +97,9 @@ def main(argv: list[str]) -> int:
     for seed in seeds:
         run = Run(config, seed, config.policies[seed])
         stages = train_stages(run)
-        for hop_2, unseen in HOP_2.items():
-            test(run, stages, f"test-{hop_2}", unseen_only=unseen, rules=["all"])
-            for name, (questions, passages) in further.items():
-                test(
-                    run,
-                    stages,
-                    f"{name}-{hop_2}",
-                    unseen_only=unseen,
-                    rules=["all"],
-                    questions=questions,
-                    passages=passages,
-                )
-        if config.encoder:
+        test_everywhere(run, stages, further)
+        if config.extras and seed == 0:
+            compare_dpo(run, stages)
             transfer(run, stages)
         (run.folder / "done").touch()
     missing = [n for n in range(len(config.policies)) if not (Run(config, n, "").folder / "done").is_file()]
@@ -121,7 +116,6 @@ def train_stages(run: Run, **changes: Any) -> dict[str, str]:
     """Run LeReT and its controls; return the folder of each stage, the policy first."""
     from llmrl.leret import run as leret
     from llmrl.leret.export import PAIRS_FILE, SFT_FILE
-    from llmrl.leret.preference import Objective, train_preference
     from llmrl.leret.preference_data import read_pairs, read_sft_rows
     from llmrl.leret.prompts import load_setup
     from llmrl.leret.rounds import stage_settings
@@ -129,6 +123,7 @@ def train_stages(run: Run, **changes: Any) -> dict[str, str]:
     from llmrl.leret.train_settings import steps_of
 
     options = run.options(run.folder / "leret", **changes)
+    leret.explore(replace(options, rollout_backend=run.config.explore_backend))
     leret.train(options)
     first = run.folder / "leret" / "round-0"
     rows, pairs = read_sft_rows(first / SFT_FILE), read_pairs(first / PAIRS_FILE)
@@ -138,17 +133,9 @@ def train_stages(run: Run, **changes: Any) -> dict[str, str]:
     stages["sft-longer"] = _once(
         run.folder / "sft-longer", lambda to, resume: train_sft(run.base, rows, to, settings=longer, resume=resume)
     )
-    dpo = Objective("dpo", beta=0.1)
-    stages["dpo"] = _once(
-        run.folder / "dpo",
-        lambda to, resume: train_preference(
-            stages["sft"], pairs, to, settings=preference, objective=dpo, resume=resume
-        ),
-    )
     setup = load_setup(stages[POLICY])
     assert setup is not None
-    for name in ("sft-longer", "dpo"):
-        setup.save(stages[name])
+    setup.save(stages["sft-longer"])
     return {**stages, "base": run.base}
 
 
@@ -160,8 +147,17 @@ def _once(folder: Path, train: Callable[[Path, str | None], Any]) -> str:
     return str(folder / "final")
 
 
-def test(run: Run, stages: dict[str, str], name: str, **changes: Any) -> dict[str, Any]:
-    """Write one report of one seed; return it."""
+def test_everywhere(run: Run, stages: dict[str, str], further: dict[str, dict[str, str]]) -> None:
+    """Write the reports of one seed: every control where hop 2 may return any passages, else the rows that are shown."""
+    few = {name: stages[name] for name in SHOWN}
+    for hop_2, unseen in HOP_2.items():
+        report(run, few if unseen else stages, f"test-{hop_2}", controls=not unseen, unseen_only=unseen, rules=["all"])
+        for name, files in further.items():
+            report(run, few, f"{name}-{hop_2}", unseen_only=unseen, rules=["all"], **files)
+
+
+def report(run: Run, stages: dict[str, str], name: str, *, controls: bool = False, **changes: Any) -> dict[str, Any]:
+    """Write one report of one seed; return it. `controls`: the pretrained policy is also shown examples, and told a rule."""
     from llmrl.leret.evaluation import evaluate
     from llmrl.leret.opening import open_data
 
@@ -175,11 +171,12 @@ def test(run: Run, stages: dict[str, str], name: str, **changes: Any) -> dict[st
         key: [value] for key, value in changes.items() if key in ("questions", "passages") and isinstance(value, str)
     }
     opened = open_data(run.options(folder, model=stages[POLICY], **changes), say)
-    shown = few_shot_styles(run, given) if "base" in stages else []
-    told = [replace(style, name="told") for style in opened.setup.format.styles if style.name == TOLD]
+    further = few_shot_styles(run, given) if controls else []
+    if controls:
+        further += [replace(style, name="told") for style in opened.setup.format.styles if style.name == TOLD]
     return evaluate(
         opened, opened.questions, [(name, path, None) for name, path in stages.items()], folder, say,
-        further={"base": [*shown, *told]},
+        further={"base": further},
     )  # fmt: skip
 
 
@@ -213,35 +210,57 @@ def few_shot_styles(run: Run, options: Any) -> list[Any]:
     return [PromptStyle.from_json(row) for row in json.loads(file.read_text(encoding="utf-8"))]
 
 
+def compare_dpo(run: Run, stages: dict[str, str]) -> None:
+    """Train with DPO on the pairs of LeReT, from the same supervised stage, and test both."""
+    from llmrl.leret.export import PAIRS_FILE
+    from llmrl.leret.preference import Objective, train_preference
+    from llmrl.leret.preference_data import read_pairs
+    from llmrl.leret.prompts import load_setup
+    from llmrl.leret.rounds import stage_settings
+
+    pairs = read_pairs(run.folder / "leret" / "round-0" / PAIRS_FILE)
+    settings = stage_settings(run.options(run.folder / "leret"), "preference", len(pairs), 0)
+    dpo = _once(
+        run.folder / "dpo",
+        lambda to, resume: train_preference(
+            stages["sft"], pairs, to, settings=settings, objective=Objective("dpo", beta=0.1), resume=resume
+        ),
+    )
+    setup = load_setup(stages[POLICY])
+    assert setup is not None
+    setup.save(dpo)
+    report(run, {POLICY: stages[POLICY], "dpo": dpo, "sft": stages["sft"]}, "dpo-any")
+
+
 def transfer(run: Run, stages: dict[str, str]) -> None:
-    """Test what was trained with BM25 on a dense retriever too; of seed 0 also train with that, and test on both."""
-    dense: dict[str, Any] = {"retriever": "dense", "encoder": run.config.encoder}
-    trained = {name: stages[name] for name in (POLICY, "sft", "base")}
-    test(run, trained, "bm25-dense", **dense)
-    if run.seed == 0:
-        other = replace(run, config=replace(run.config, work_dir=str(Path(run.config.work_dir) / "dense")))
-        back = train_policy(other, **dense)
-        test(run, back, "dense-dense", **dense)
-        test(run, back, "dense-bm25")
+    """Test what was trained with BM25 on a dense retriever too; train with that as well, and test on both."""
+    dense = {"retriever": "dense"}
+    report(run, {name: stages[name] for name in SHOWN}, "bm25-dense", **dense)
+    other = replace(run, config=replace(run.config, work_dir=str(Path(run.config.work_dir) / "dense")))
+    back = train_policy(other, **dense)
+    report(run, back, "dense-dense", **dense)
+    report(run, back, "dense-bm25")
 
 
 def train_policy(run: Run, **changes: Any) -> dict[str, str]:
     """Run LeReT without controls; return its stages."""
     from llmrl.leret import run as leret
 
-    leret.train(run.options(run.folder / "leret", **changes))
+    options = run.options(run.folder / "leret", **changes)
+    leret.explore(replace(options, rollout_backend=run.config.explore_backend))
+    leret.train(options)
     return {
         POLICY: str(run.folder / "leret" / "policy"),
         "sft": str(run.folder / "leret" / "round-0" / "sft" / "final"),
     }
 
 
-def _further(text: str) -> tuple[str, tuple[str, str]]:
+def _further(text: str) -> tuple[str, dict[str, str]]:
     name, equals, files = text.partition("=")
     questions, colon, passages = files.rpartition(":")
     if not (equals and colon and name and questions and passages):
         raise UsageError(f"--further {text}: expected NAME=QUESTIONS:PASSAGES")
-    return name, (questions, passages)
+    return name, {"questions": questions, "passages": passages}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ class RatesConfig:
     recipe: str = option("recipes/leret/hotpotqa-small.yaml", help="options of the runs")
     sft_lr: list[float] = option([1e-4, 3e-4], help="rates of supervised training")
     lr: list[float] = option([2e-5, 5e-5, 1e-4], help="rates of IPO")
+    explore_backend: str = option(
+        "vllm", choices=("vllm", "transformers"), help="of exploration; all else is asked by the recipe's"
+    )
     work_dir: str = option("runs/leret-rates", help="where the runs are kept")
     output_dir: str | None = option(None, help="where leret-rates.json goes")
     quiet: bool = option(False, help="print errors only")
@@ -52,7 +55,8 @@ def main(argv: list[str]) -> int:
     values = load_config_file(config.recipe, LeretConfig) | {"model": config.policy, "output_dir": str(work)}
     options = LeretConfig(**{**values, "test_questions": [], "quiet": config.quiet})
     opened = open_data(options, say)
-    explore_round(opened, 0, first_learner(opened), work / "round-0", say)
+    asked = replace(opened, config=replace(options, rollout_backend=config.explore_backend))
+    explore_round(asked, 0, first_learner(opened), work / "round-0", say)
     held = [question for question in opened.questions.questions if share_of(question.text) < HELD_OUT]
     score = _Scorer(opened, held, work, say)
     rows, pairs = _rows(work / "round-0", {question.id for question in held})

@@ -25,7 +25,6 @@ CLAIMS = (
     ("-", "base", ("recall", "ap"), "any"),
     ("-", "base[few-shot]", ("recall", "ap"), "any"),
     ("-", "base[told]", ("recall", "ap"), "any"),
-    ("-", "dpo", ("recall", "ap"), "any"),
 )
 WORDS = {"above": "shown", "below": "the other way", "open": "not shown"}
 
@@ -43,8 +42,8 @@ def write_tables(config: Any, names: Sequence[str]) -> None:
     reports = {name: pooled({seed: folder / name for seed, folder in folders.items()}, config.draws) for name in names}
     claims = [claim for name in names for claim in claims_of(name, reports[name])]
     facts: dict[str, Any] = {"claims": claims, "rates_and_sizes": _stages(folders)}
-    if config.encoder:
-        facts["dense"] = pooled({seed: folder / "bm25-dense" for seed, folder in folders.items()}, config.draws)
+    if config.extras:
+        facts["dpo"] = json.loads((work / "seed-0" / "dpo-any" / "report.json").read_text(encoding="utf-8"))
         facts["transfer"] = _transfer(work)
     write_json(output / "leret.json", {**facts, "reports": reports, "environment": _environment()})
     write_text(output / "leret.md", _markdown(facts, reports))
@@ -140,8 +139,8 @@ def _markdown(facts: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]
     for name, report in reports.items():
         questions, _, hop_2 = name.rpartition("-")
         parts += [f"## {questions}, hop 2 returns {hop_2} passages", _ceiling(report), report_markdown(report).rstrip()]
-    if "dense" in facts:
-        parts += ["## Trained with BM25, tested with a dense retriever", report_markdown(facts["dense"]).rstrip()]
+    if "transfer" in facts:
+        parts += ["## DPO on the same pairs, seed 0", report_markdown(facts["dpo"]).rstrip()]
         parts += ["## Training by test retriever, seed 0"]
         parts += [transfer_markdown(table) for table in facts["transfer"].values()]
     return "\n\n".join(parts) + "\n"
