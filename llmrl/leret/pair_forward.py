@@ -39,7 +39,8 @@ def shares_prompt(model: Any) -> bool:
     bare = _bare(model)
     if not {"past_key_values", "position_ids", "logits_to_keep"} <= set(inspect.signature(bare.forward).parameters):
         return False
-    if bare.training and (getattr(bare, "is_gradient_checkpointing", False) or _is_wrapped(bare)):
+    # in eval mode too: reference and policy must be the same sum, or their first ratios are not 0 in 16 bits
+    if getattr(bare, "is_gradient_checkpointing", False) or _is_wrapped(bare):
         return False
     layers = DynamicCache(config=bare.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)

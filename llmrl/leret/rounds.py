@@ -95,7 +95,7 @@ def explore_round(opened: Opened, number: int, learner: Learner, folder: Path, s
         if is_main_process():
             render, options = _render(opened, explorer, questions), opened.setup.format.template_options
             counts = write_rows(folder, groups, rule, render, tokenizer, options)
-            report = {**report, "rows": counts, **opened.facts()}
+            report = {**report, "rows": counts, "failed_prompts": asker.tally.failed, **opened.facts()}
             seconds = {
                 "start": opening,
                 "generation": asker.tally.seconds,

@@ -49,6 +49,8 @@ def train(config: LeretConfig) -> dict[str, Any] | None:
     if not (config.sft_epochs or config.epochs):
         raise UsageError("nothing to train: --sft_epochs and --epochs are both 0")
     opened, say = _begin(config)
+    if config.tuning == "full" and first_learner(opened).adapter is not None:
+        raise UsageError(f"--tuning full trains a whole model, --model {config.model} is an adapter: use --tuning lora")
     with claimed_folder(str(config.output_dir), identity(opened), overwrite=config.overwrite, file=RUN_FILE) as folder:
         _describe(config, folder)
         final = run_rounds(opened, folder, say)
@@ -60,7 +62,7 @@ def train(config: LeretConfig) -> dict[str, Any] | None:
         base = str(start.model)
         models = [(POLICY, *model_and_adapter(str(final), base)), (BASE, base, start.adapter)]
         sft = folder / "round-0" / "sft" / "final"
-        if config.rounds == 1 and sft.is_dir() and config.epochs:
+        if sft.is_dir() and config.epochs:
             models.append(("sft", *model_and_adapter(str(sft), base)))
         return evaluate(opened, opened.test, models, folder / "test", say, further={BASE: _few_shot(folder)})
 

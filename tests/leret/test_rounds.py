@@ -101,7 +101,8 @@ def test_failed_prompts_are_counted_in_the_summary(ready, tmp_path, monkeypatch)
 
     Models(monkeypatch, base=some)
     run = ready()
-    explore_round(run, 0, first_learner(run), tmp_path / "round-0", ready.said.append)
+    report = explore_round(run, 0, first_learner(run), tmp_path / "round-0", ready.said.append)
+    assert report["failed_prompts"] == 3
     assert "3 failed (sampling: RequestError: the prompt is too long)" in ready.said[-1]
 
 
@@ -374,3 +375,11 @@ def test_a_query_that_repeats_the_prompt_is_no_target(ready, tmp_path, monkeypat
     pairs = rows(tmp_path / "round-0" / "pairs.jsonl")
     assert pairs
     assert not any("Question:" in row[key] for row in pairs for key in ("chosen_query", "rejected_query"))
+
+
+def test_full_training_of_an_adapter_is_refused_before_anything_is_explored(ready, monkeypatch):
+    config = ready(tuning="full").config
+    monkeypatch.setattr(run, "first_learner", lambda opened: Learner("base", "adapter"))
+    with pytest.raises(UsageError, match=r"--tuning full trains a whole model, --model .* is an adapter"):
+        run.train(config)
+    assert not Path(config.output_dir).exists()

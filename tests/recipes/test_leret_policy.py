@@ -196,3 +196,12 @@ def test_published_policy_is_stock_and_reads_its_prompt_as_in_training(modules, 
 def test_bad_options_are_refused(modules, files, tmp_path, options, message):
     with pytest.raises(LlmrlError, match=message):
         modules["leret_policy"].main(arguments(files, tmp_path / "x", **options))
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype"),
+    [({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")],
+)
+def test_products_are_in_bfloat16_where_the_processor_has_instructions_for_it(modules, monkeypatch, found, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert modules["leret_policy"].fast_dtype() == dtype
