@@ -2,8 +2,8 @@
 
     python evals/leret.py --policies runs/policy-0 runs/policy-1 runs/policy-2 --output_dir evals/results
 
-The policies come from recipes/leret_policy.py, one a seed, the learning rates of the recipe from evals/leret_rates.py. Of each
-seed, on the same explored pairs:
+The policies come from recipes/leret_policy.py, one a seed. The settings of the recipe are first guesses: one run was looked at,
+on training questions, and nothing was changed. Of each seed, on the same explored pairs:
 
     policy      both stages: LeReT
     sft         its supervised stage alone

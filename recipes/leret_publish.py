@@ -84,6 +84,7 @@ def main(argv: list[str]) -> int:
             "k": setup.k,
             "seed": config.seed,
         }
+        (staging / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
         write_text(staging / "README.md", CARD.format(folder=config.output_dir, **facts))
         _check(staging, model)
         publish_folder(staging, output)

@@ -1,4 +1,4 @@
-"""evals/leret.py and evals/leret_rates.py: two seeds of a tiny model through every stage, control and table."""
+"""evals/leret.py: two seeds of a tiny model through every stage, control and table."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def modules():
     """The scripts by name."""
-    names = ("leret", "leret_report", "leret_rates")
+    names = ("leret", "leret_report")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EVALS))
         yield {name: importlib.import_module(name) for name in names}
@@ -106,20 +106,3 @@ def test_what_is_there_is_kept(done, world):
     assert len(before) == 8
     assert done[1]() == 0
     assert {path: path.stat().st_mtime_ns for path in reports} == before
-
-
-def test_rates_are_chosen_on_questions_that_nothing_was_trained_on(modules, world, monkeypatch):
-    rates = modules["leret_rates"]
-    monkeypatch.setattr(rates, "HELD_OUT", 0.5)
-    options = ["--policy", world / "base-0", "--recipe", world / "run.yaml", "--work_dir", world / "rates", "--quiet"]
-    options += ["--explore_backend", "transformers"]
-    argv = [*options, "--output_dir", world / "rates-out", "--sft_lr", "1e-4", "3e-3", "--lr", "1e-3"]
-    assert rates.main([str(part) for part in argv]) == 0
-    found = json.loads((world / "rates-out" / "leret-rates.json").read_text())
-    names = list(found["scores"])
-    assert names[:3] == ["base", "sft-0.0001", "sft-0.003"]
-    best = max(names[1:3], key=lambda name: found["scores"][name]["recall"])
-    assert names[3:] == [f"{best} ipo-0.001"]
-    assert 0 < found["held_out"] < found["questions"] == 10
-    explored = [json.loads(line) for line in (world / "rates" / "round-0" / "sft.jsonl").read_text().splitlines()]
-    assert found["sft"] < len(explored)

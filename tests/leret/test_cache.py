@@ -98,8 +98,9 @@ def test_hits_outside_the_corpus_keep_their_text(tmp_path):
 def test_many_queries_and_odd_ones(tmp_path):
     inner = Counting()
     cached = CachedRetriever(inner, tmp_path / "c", CORPUS)
-    queries = [f"title {i}" for i in range(1203)] + ["\ud800 a", "'; DROP TABLE answers; --", "a\x00b"]
+    queries = [f"title {i}" for i in range(1203)] + ["\ud800 title", "'; DROP TABLE text; --", "text\x00b"]
     first = cached.search(queries, 3)
+    assert all(first)
     assert cached.search(queries, 3) == first
     assert len(inner.asked) == 1
 

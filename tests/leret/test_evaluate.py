@@ -264,7 +264,7 @@ def test_report_json_has_the_format_that_programs_read():
     assert set(report["paired_by_type"]["policy - question"]) == {"bridge", "comparison"}
     assert report["questions"] == 12
     reasons = {"gold document not in the corpus": 1, "no gold document named": 1}
-    assert report["excluded"] == {"questions": 2, "reasons": reasons}
+    assert report["excluded"] == {"questions": 2, "reasons": reasons, "ids": ["x", "y"]}
     assert {key: report[key] for key in facts} == facts
 
 
