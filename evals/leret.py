@@ -8,7 +8,7 @@ on training questions, and nothing was changed. Of each seed, on the same explor
     policy      both stages: LeReT
     sft         its supervised stage alone
     sft-longer  supervised training for as many steps as both stages
-    base        the pretrained policy asked plainly; [few-shot] with worked examples of its own, [told] told a rule by name
+    base        the pretrained policy asked plainly; [told] told a rule by name; [few-shot], of seed 0, with examples of its own
 
 beside the question on both hops, its top k x hops in one search, every rule, and the oracle among the rules. Nothing is
 chosen on test questions: they are read by the last step, which prints every row. Stages and reports stay in `--work_dir`: a
@@ -171,7 +171,7 @@ def report(run: Run, stages: dict[str, str], name: str, *, controls: bool = Fals
         key: [value] for key, value in changes.items() if key in ("questions", "passages") and isinstance(value, str)
     }
     opened = open_data(run.options(folder, model=stages[POLICY], **changes), say)
-    further = few_shot_styles(run, given) if controls else []
+    further = few_shot_styles(run, given) if controls and run.seed == 0 else []
     if controls:
         further += [replace(style, name="told") for style in opened.setup.format.styles if style.name == TOLD]
     return evaluate(

@@ -23,7 +23,6 @@ CLAIMS = (
     ("c", QUESTION, ("ap",), "any"),
     ("d", QUESTION_TOP, ("recall", "ap"), "unseen"),
     ("-", "base", ("recall", "ap"), "any"),
-    ("-", "base[few-shot]", ("recall", "ap"), "any"),
     ("-", "base[told]", ("recall", "ap"), "any"),
 )
 WORDS = {"above": "shown", "below": "the other way", "open": "not shown"}
@@ -41,7 +40,7 @@ def write_tables(config: Any, names: Sequence[str]) -> None:
     folders = {str(seed): work / f"seed-{seed}" for seed in range(len(config.policies))}
     reports = {name: pooled({seed: folder / name for seed, folder in folders.items()}, config.draws) for name in names}
     claims = [claim for name in names for claim in claims_of(name, reports[name])]
-    facts: dict[str, Any] = {"claims": claims, "rates_and_sizes": _stages(folders)}
+    facts: dict[str, Any] = {"claims": claims, "runs": _stages(folders), "few_shot": _few_shot(folders["0"])}
     if config.extras:
         facts["dpo"] = json.loads((work / "seed-0" / "dpo-any" / "report.json").read_text(encoding="utf-8"))
         facts["transfer"] = _transfer(work)
@@ -61,6 +60,9 @@ def pooled(folders: Mapping[str, Path], draws: int) -> dict[str, Any]:
             row = json.loads(line)
             found.setdefault(row.pop("system"), []).append(Outcome.from_json(row))
         runs[seed] = [System(name, tuple(outcomes)) for name, outcomes in found.items()]
+    # few-shot examples are made of seed 0 alone
+    shared = set.intersection(*({system.name for system in systems} for systems in runs.values()))
+    runs = {seed: [system for system in systems if system.name in shared] for seed, systems in runs.items()}
     names = [system.name for system in next(iter(runs.values()))]
     pairs = [(POLICY, name) for name in names if name != POLICY]
     kept = {key: facts[key] for key in ("corpus", "retriever", "retriever_fingerprint", "search")}
@@ -108,6 +110,15 @@ def _stages(folders: Mapping[str, Path]) -> dict[str, Any]:
     return found
 
 
+def _few_shot(folder: Path) -> dict[str, Any] | None:
+    """Return the row of seed 0 that was shown examples, and what the policy of that seed is above it."""
+    report = json.loads((folder / "test-any" / "report.json").read_text(encoding="utf-8"))
+    name = "base[few-shot]"
+    if name not in report["systems"]:
+        return None
+    return {"system": report["systems"][name], "policy - few-shot": report["paired"][f"{POLICY} - {name}"]}
+
+
 def _transfer(work: Path) -> dict[str, Any]:
     """Return training by test retriever, of seed 0."""
     folders = {
@@ -139,6 +150,14 @@ def _markdown(facts: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]
     for name, report in reports.items():
         questions, _, hop_2 = name.rpartition("-")
         parts += [f"## {questions}, hop 2 returns {hop_2} passages", _ceiling(report), report_markdown(report).rstrip()]
+    if facts["few_shot"] is not None:
+        found, above = facts["few_shot"]["system"], facts["few_shot"]["policy - few-shot"]
+        rows = [
+            [TITLES[metric], markdown_cell(found[metric]), markdown_cell(above[metric], sign=True)]
+            for metric in METRICS
+        ]
+        parts += ["## The pretrained policy with worked examples of its own, seed 0, any passages at hop 2"]
+        parts += [aligned_table(["", "base[few-shot]", "policy - base[few-shot]"], rows)]
     if "transfer" in facts:
         parts += ["## DPO on the same pairs, seed 0", report_markdown(facts["dpo"]).rstrip()]
         parts += ["## Training by test retriever, seed 0"]
