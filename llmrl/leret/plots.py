@@ -116,7 +116,8 @@ def training_curves(path: Path | str, stages: Mapping[str, Sequence[Mapping[str,
     per_token = any("target_margin_per_token" in row for row in rows)
     margin = "margin_per_token" if per_token else "margin"
     targets = sorted({row[f"target_{margin}"] for row in rows if f"target_{margin}" in row})
-    for index, (name, of) in enumerate(stages.items()):
+    drawn = {name: of for name, of in stages.items() if any(row.get(margin) is not None for row in of)}
+    for index, (name, of) in enumerate(drawn.items()):
         colour = _HOPS[index % len(_HOPS)]
         for axis, key in ((left, margin), (right, "accuracy")):
             points = [(row["step"], row[key]) for row in of if row.get(key) is not None]
@@ -132,7 +133,7 @@ def training_curves(path: Path | str, stages: Mapping[str, Sequence[Mapping[str,
     right.axhline(0.5, color=_GREY, linewidth=0.8, linestyle="--")
     left.set(xlabel="step", ylabel="margin, nats a token" if per_token else "margin, nats a pair")
     right.set(xlabel="step", ylabel="share of pairs in the right order", ylim=(0.4, 1.02))
-    if len(stages) > 1:
+    if len(drawn) > 1:
         right.legend(loc="lower right", fontsize=9, frameon=False)
     for axis in (left, right):
         axis.grid(alpha=0.25)
