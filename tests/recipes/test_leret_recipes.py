@@ -75,3 +75,29 @@ def test_the_rules_on_hotpotqa_take_seconds_and_are_above_the_question(recipe, t
     rules = {name: found["recall"]["value"] for name, found in systems.items() if name.startswith("rule:")}
     assert max(rules.values()) > systems["question"]["recall"]["value"] + 0.05
     assert systems["oracle-rule"]["recall"]["value"] >= max(rules.values())
+
+
+def test_the_committed_policy_finds_more_than_the_question_on_questions_it_has_not_seen(recipe, tmp_path):
+    import gzip
+    import json
+
+    data = ROOT / "recipes" / "leret" / "data" / "hotpotqa"
+    with gzip.open(data / "questions_dev.jsonl.gz", "rt", encoding="utf-8") as file:
+        (tmp_path / "questions.jsonl").write_text("".join(file.readlines()[:40]), encoding="utf-8")
+    options = [
+        "--model",
+        "recipes/leret/policy",
+        "--rollout_backend",
+        "transformers",
+        "--bootstrap_draws",
+        "200",
+        "--quiet",
+    ]
+    files = ["--questions", tmp_path / "questions.jsonl", "--passages", data / "passages.jsonl.gz"]
+    code, _, err = recipe("eval", *options, *files, "--output_dir", tmp_path / "out")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["search"]["question_first"]
+    assert report["systems"]["policy"]["recall"]["value"] > report["systems"]["question"]["recall"]["value"] + 0.05
+    size = sum(path.stat().st_size for path in (ROOT / "recipes" / "leret" / "policy").iterdir())
+    assert size < 12 * 2**20
