@@ -23,7 +23,7 @@ LAYERS = (
         "llmrl.files", "llmrl.heads", "llmrl.intervals", "llmrl.logits_heads", "llmrl.fingerprints", "llmrl.head_cache",
         "llmrl.heads_forward", "llmrl.base_model", "llmrl.modeling", "llmrl.portable", "llmrl.tables", "llmrl.vllm_compat",
     ),
-    ("llmrl.rollout", "llmrl.training"),
+    ("llmrl.rollout", "llmrl.training", "llmrl.encoder"),
     ("llmrl.leret", "llmrl.hyre", "llmrl.ats", "llmrl.hindsight", "llmrl.lora_switch"),
     ("llmrl.serving", "llmrl.cli", "llmrl.commands", "llmrl.doctor"),
 )  # fmt: skip

