@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.errors import DataError
-from llmrl.leret.jsonl import id_field, read_objects, text_field
+from llmrl.jsonl import id_field, read_objects, text_field
 
 _SHOWN = 5
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from llmrl.errors import UsageError
 from llmrl.files import write_text
+from llmrl.jsonl import read_objects
 from llmrl.leret.ask import Answer, Ask, Asker
 from llmrl.leret.context import SearchState, extend, merge, up_to
 from llmrl.leret.corpus import Corpus, Passage
-from llmrl.leret.jsonl import read_objects
 from llmrl.leret.prompts import BARE, PromptStyle
 from llmrl.leret.questions import Question
 from llmrl.leret.records import Candidate, Group, group_candidates, read_records, write_records

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmrl.errors import DataError, UsageError
-from llmrl.leret.jsonl import read_objects
+from llmrl.jsonl import read_objects
 
 LONG_ROWS = ("refuse", "drop")
 _SHOWN = 3

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmrl.errors import DataError
+from llmrl.jsonl import id_field, read_objects, text_field, text_list, write_objects
 from llmrl.leret.corpus import Corpus, normalise_title, refuse_duplicates
-from llmrl.leret.jsonl import id_field, read_objects, text_field, text_list, write_objects
 
 _NO_GOLD, _NOT_HERE = "no gold document named", "gold document not in the corpus"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmrl.errors import DataError
+from llmrl.jsonl import read_objects, write_objects
 from llmrl.leret.context import SearchState, extend
-from llmrl.leret.jsonl import read_objects, write_objects
 from llmrl.types import FinishReason, Record
 
 _DIGITS = 9  # of a reward: sums of the same fractions in another order are one level

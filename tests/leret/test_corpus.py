@@ -4,8 +4,8 @@ import json
 import pytest
 
 from llmrl.errors import DataError, UsageError
+from llmrl.jsonl import write_objects
 from llmrl.leret.corpus import Corpus, Passage, load_corpus, normalise_title
-from llmrl.leret.jsonl import write_objects
 
 ROWS = [
     {"id": "a", "title": "X (film)", "text": "A film."},
