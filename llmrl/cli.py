@@ -12,6 +12,7 @@ _COMMANDS = {
     "calibrate": "make a model's token probabilities mean something; --verify checks a calibrated one on new data",
     "rollout": "sample answers to a file of prompts with transformers, vLLM or vLLM servers",
     "leret": "teach a model to search by trying: explore queries, train on the preferences, evaluate",
+    "hyre": "one reward ensemble, fitted to a user or a domain by a few labels: train, adapt, score",
     "serve": "serve a folder llmrl wrote, or any model, with vLLM; --workers N starts several, --sync takes new weights",
     "doctor": "versions found and wanted, which backends work, GPU and memory",
 }
@@ -41,9 +42,14 @@ def _run(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    command = {"calibrate": _calibrate, "rollout": _rollout, "leret": _leret, "serve": _serve, "doctor": _doctor}.get(
-        argv[0]
-    )
+    command = {
+        "calibrate": _calibrate,
+        "rollout": _rollout,
+        "leret": _leret,
+        "hyre": _hyre,
+        "serve": _serve,
+        "doctor": _doctor,
+    }.get(argv[0])
     if command is None:
         raise UsageError(f"unknown command '{argv[0]}'{did_you_mean(argv[0], _COMMANDS)}")
     return _with_help(command, argv[1:])
@@ -72,6 +78,12 @@ def _leret(argv: list[str]) -> int:
     from llmrl.commands import run_leret
 
     return run_leret(argv)
+
+
+def _hyre(argv: list[str]) -> int:
+    from llmrl.commands import run_hyre
+
+    return run_hyre(argv)
 
 
 def _serve(argv: list[str]) -> int:

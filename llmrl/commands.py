@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from llmrl.config import parse_config
 from llmrl.errors import EXIT_DONE, Interrupted, UsageError, did_you_mean
@@ -106,6 +108,57 @@ def run_leret(argv: list[str], prog: str = "llmrl leret", action: str | None = N
     except KeyboardInterrupt as stopped:
         kept = str(stopped) or "the same command goes on with what is finished"
         raise Interrupted(f"interrupted: {kept}") from None
+    return EXIT_DONE
+
+
+_HYRE = {
+    "train": "Train K reward heads that differ on preference pairs.",
+    "adapt": "Weigh the heads by the labels of one user; write the user's file.",
+    "score": "Write the margin of chosen over rejected of every pair, for one user or for all heads alike.",
+}
+
+
+def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = None) -> int:
+    """Parse options, then train, adapt or score; return the exit code.
+
+    Args:
+        argv: arguments without the program's name; the first is the action unless `action` is given.
+        prog: shown in usage messages.
+        action: one of the actions.
+    """
+    from llmrl.hyre import options
+
+    if action is None:
+        if not argv or argv[0] in ("-h", "--help"):
+            lines = "\n".join(f"  {name:<8} {text}" for name, text in _HYRE.items())
+            print(
+                f"usage: {prog} ACTION ...\n\none reward ensemble, fitted to a user by a few labels\n\nactions:\n{lines}"
+            )
+            print(f"\n{prog} ACTION --help lists the options.")
+            return EXIT_DONE
+        action, argv, prog = argv[0], argv[1:], f"{prog} {argv[0]}"
+    if action not in _HYRE:
+        raise UsageError(f"unknown action '{action}'{did_you_mean(action, _HYRE)}")
+    classes: dict[str, Any] = {
+        "train": options.TrainConfig,
+        "adapt": options.AdaptConfig,
+        "score": options.ScoreConfig,
+    }
+    config = parse_config(classes[action], argv, prog=prog, description=_HYRE[action])
+    quiet_libraries(config.quiet)
+    from llmrl.hyre import run, train
+
+    actions: dict[str, Callable[[Any], object]] = {
+        "train": train.train,
+        "adapt": run.adapt_user,
+        "score": run.score_pairs,
+    }
+    try:
+        actions[action](config)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command begins again") from None
     return EXIT_DONE
 
 

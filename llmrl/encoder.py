@@ -81,6 +81,7 @@ class Encoder:
             if not 3 <= max_length <= longest:
                 raise UsageError(f"expected a max_length from 3 to {longest}, the encoder's limit, got {max_length}")
             self.settings = EncoderSettings(self.settings.pooling, max_length)
+        self.width = int(model.config.hidden_size)
         self.fingerprint = [fingerprint_weights(folder), fingerprint_tokenizer(self._tokenizer)]
         self._lock = threading.Lock()
 
@@ -96,7 +97,7 @@ class Encoder:
         full = self._ids(texts, special=True)
         cut = sum(len(ids) > self.settings.max_length for ids in full)
         order = sorted(range(len(texts)), key=lambda i: -len(full[i]))  # like lengths together: little padding
-        vectors = torch.empty(len(texts), self._model.config.hidden_size, device=self.device)
+        vectors = torch.empty(len(texts), self.width, device=self.device)
         with progress_bar("embedding", len(texts), unit=unit, quiet=not progress) as advance:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]

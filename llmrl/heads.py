@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmrl.errors import ModelError, did_you_mean
 from llmrl.logits_heads import build_logits_head
+from llmrl.reward_heads import build_reward_head
 
 FORMAT_VERSION = 1
 HEADS_FILE = "llmrl_heads.safetensors"
@@ -33,7 +34,7 @@ MODELING_MODULE = "modeling_llmrl"  # the file that `llmrl.portable` writes
 _ARCHITECTURES = {
     "temperature": ("scalar", "linear", "mlp", "transformer"),
     "vector": ("vector",),
-    "reward": ("linear",),
+    "reward": ("linear", "mlp"),
 }
 _SIZES = {
     "mlp": ("intermediate_size",),
@@ -53,8 +54,9 @@ class HeadSpec:
             "transformer" (see `llmrl.logits_heads`); "vector" for a vector.
         hidden_size: width of the hidden states it reads.
         outputs: K for a reward head, the size of the vocabulary for a vector, 1 for a temperature head.
-        intermediate_size: inner width of the MLP, for "mlp" and "transformer".
+        intermediate_size: inner width of the MLP, for "mlp" and "transformer"; of a reward head, hidden units of each score.
         num_heads, num_kv_heads, head_dim, rope_theta: attention of "transformer".
+        shared_size: of a reward head, hidden units that all scores share (`llmrl.reward_heads`).
     """
 
     kind: str
@@ -66,6 +68,7 @@ class HeadSpec:
     num_kv_heads: int = 0
     head_dim: int = 0
     rope_theta: float = 10000.0
+    shared_size: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in _ARCHITECTURES:
@@ -76,9 +79,15 @@ class HeadSpec:
                 f"unknown architecture '{self.architecture}' for a {self.kind} head"
                 f"{did_you_mean(self.architecture, valid)}"
             )
-        for name in ("hidden_size", "outputs", *_SIZES.get(self.architecture, ())):
+        sizes = () if self.kind == "reward" else _SIZES.get(self.architecture, ())
+        for name in ("hidden_size", "outputs", *sizes):
             if getattr(self, name) < 1:
                 raise ModelError(f"a {self.architecture} head needs {name} >= 1, got {getattr(self, name)}")
+        units = (self.intermediate_size, self.shared_size)
+        if (self.kind, self.architecture) == ("reward", "mlp") and (min(units) < 0 or max(units) < 1):
+            raise ModelError(
+                f"an mlp reward head needs intermediate_size or shared_size >= 1, got {units[0]} and {units[1]}"
+            )
         if self.kind == "temperature" and self.outputs != 1:
             raise ModelError(f"a temperature head has 1 output, got {self.outputs}")
         if self.architecture == "transformer" and (self.num_heads % self.num_kv_heads or self.head_dim % 2):
@@ -91,6 +100,7 @@ class HeadSpec:
         """Return plain JSON without the sizes that such a head does not have."""
         needed = {"kind", "architecture", "hidden_size", "outputs", *_SIZES.get(self.architecture, ())}
         needed |= {"rope_theta"} if self.architecture == "transformer" else set()
+        needed |= {"shared_size"} if (self.kind, self.architecture) == ("reward", "mlp") else set()
         return {name: value for name, value in asdict(self).items() if name in needed}
 
 
@@ -153,24 +163,9 @@ class HeadsConfig:
             raise ModelError(f"the head configuration is damaged ({error}): save the folder again") from error
 
 
-class RewardHead(nn.Module):
-    """K linear scores of a pooled hidden state, `[..., H] -> [..., K]`."""
-
-    def __init__(self, spec: HeadSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.weight = nn.Parameter(torch.zeros(spec.outputs, spec.hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(spec.outputs, dtype=torch.float32))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return scores `[..., K]` in float32."""
-        weight = self.weight.to(hidden.device, torch.float32)
-        return nn.functional.linear(hidden.float(), weight, self.bias.to(hidden.device, torch.float32))
-
-
 def build_head(spec: HeadSpec) -> nn.Module:
     """Return a fresh, zero-initialised head."""
-    return RewardHead(spec) if spec.kind == "reward" else build_logits_head(spec)
+    return build_reward_head(spec) if spec.kind == "reward" else build_logits_head(spec)
 
 
 def build_heads(config: HeadsConfig) -> nn.ModuleDict:

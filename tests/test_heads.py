@@ -13,7 +13,6 @@ from llmrl.heads import (
     BaseReference,
     HeadsConfig,
     HeadSpec,
-    RewardHead,
     build_head,
     build_heads,
     load_head_tensors,
@@ -21,6 +20,7 @@ from llmrl.heads import (
 )
 from llmrl.logits_heads import MAX_LOG_SCALE, MIN_LOG_SCALE, TemperatureHead, apply_logits_heads
 from llmrl.modeling import read_heads_config, read_tensors
+from llmrl.reward_heads import RewardHead
 
 LINEAR = HeadSpec("temperature", "linear", 8)
 SCALAR = HeadSpec("temperature", "scalar", 8)

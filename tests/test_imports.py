@@ -21,8 +21,8 @@ LAYERS = (
     (
         "llmrl._version", "llmrl._after_import", "llmrl._autoregister", "llmrl.types", "llmrl.config", "llmrl.errors",
         "llmrl.files", "llmrl.heads", "llmrl.intervals", "llmrl.jsonl", "llmrl.logits_heads", "llmrl.fingerprints",
-        "llmrl.head_cache", "llmrl.heads_forward", "llmrl.base_model", "llmrl.modeling", "llmrl.portable", "llmrl.tables",
-        "llmrl.vllm_compat",
+        "llmrl.head_cache", "llmrl.heads_forward", "llmrl.base_model", "llmrl.modeling", "llmrl.portable",
+        "llmrl.reward_heads", "llmrl.tables", "llmrl.vllm_compat",
     ),
     ("llmrl.rollout", "llmrl.training", "llmrl.encoder"),
     ("llmrl.leret", "llmrl.hyre", "llmrl.ats", "llmrl.hindsight", "llmrl.lora_switch"),

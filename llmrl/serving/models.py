@@ -31,8 +31,9 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from llmrl.errors import ModelError
 from llmrl.fingerprints import check_weights
 from llmrl.heads import PREFIX as HEAD_PREFIX
-from llmrl.heads import HeadsConfig, RewardHead, build_heads
+from llmrl.heads import HeadsConfig, build_heads
 from llmrl.logits_heads import TransformerTemperatureHead, VectorHead, apply_logits_heads
+from llmrl.reward_heads import RewardHead
 from llmrl.serving.plugin import CAUSAL, POOLING, PREFIX, pooling_name
 
 

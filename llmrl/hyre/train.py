@@ -1,0 +1,206 @@
+"""`llmrl hyre train`: pairs in, a reward ensemble out, with what it is worth and how much its heads differ."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmrl.config import to_flat
+from llmrl.errors import DataError, UsageError
+from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
+from llmrl.hyre.diversity import HeadPlan, plan_heads
+from llmrl.hyre.ensemble import RewardEnsemble
+from llmrl.hyre.features import CausalFeatures, embed_pairs, open_features
+from llmrl.hyre.fit import FitSettings, HeadShape, Pairs, feature_scale, fit_heads
+from llmrl.hyre.metrics import accuracy, collapse_warning, disagreement
+from llmrl.hyre.options import TrainConfig
+from llmrl.hyre.pairs import Pair, one_prompt, read_pairs
+from llmrl.training.run import write_model_card, write_run_files
+from llmrl.training.tracking import progress_bar
+
+STALE = ("checkpoint-*",)
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train an ensemble as the options say, write its folder, and return the report.
+
+    Raises:
+        DataError: pairs that cannot be used.
+        UsageError: options that do not fit the pairs or the base.
+        OutputError: the folder holds something.
+    """
+    started = time.monotonic()
+    folder = check_output_dir(config.output_dir, overwrite=config.overwrite)
+    pairs = read_pairs(config.pairs)
+    base = open_features(
+        config.base,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
+        dtype=config.dtype,
+        revision=config.revision,
+    )
+    if config.tuning != "frozen":
+        if not isinstance(base, CausalFeatures):
+            raise UsageError(
+                f"--tuning {config.tuning} trains a causal LM, and {base.name} is a sentence encoder: use --tuning frozen"
+            )
+        raise UsageError(f"--tuning {config.tuning} is not there yet")
+    reads = reads_of(config.reads, pairs)
+    cache = None if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    chosen, rejected = embed_pairs(base, pairs, reads, cache_dir=cache, quiet=config.quiet)
+    held = held_out_rows(pairs, config.held_out, config.seed)
+    kept = torch.from_numpy(~held)
+    rows = [pair for pair, out in zip(pairs, held.tolist(), strict=True) if not out]
+    examples = Pairs(chosen[kept], rejected[kept], margins_of(rows))
+    plan = plan_for(config, rows, examples)
+    shape = HeadShape(config.kind, config.hidden, config.prior, config.prior_scale)
+    settings = FitSettings(config.l2, config.steps, config.lr, center=config.center, seed=config.seed)
+    with progress_bar("heads", config.steps, unit="step", quiet=config.quiet) as advance:
+        head = fit_heads(examples, plan, shape, settings, advance=advance)
+    ensemble = RewardEnsemble(
+        head,
+        base.name,
+        base.kind,
+        base.identity,
+        reads,
+        config.max_length,
+        config.revision,
+        plan.names,
+        _base=base,
+    )
+    report = report_of(ensemble, pairs, chosen, rejected, held, plan)
+    report["feature_scale"] = float(feature_scale(examples)[1][0])
+    report["texts_cut"] = int(getattr(base, "cut", 0))
+    ensemble.facts = {name: value for name, value in report.items() if name != "head_accuracy"}
+    with staging_folder(folder) as staging:
+        ensemble.save(staging)
+        write_json(staging / "report.json", report)
+        write_run_files(staging, to_flat(config))
+        _card(staging, ensemble, report)
+        publish_folder(staging, folder, stale=STALE)
+    _say(config, ensemble, report, folder, time.monotonic() - started)
+    return report
+
+
+def reads_of(option: str, pairs: list[Pair]) -> str:
+    """Return "answer" or "dialogue": by itself the prompt is read unless all pairs share one."""
+    if option != "auto":
+        return option
+    return "answer" if one_prompt(pairs) else "dialogue"
+
+
+def held_out_rows(pairs: list[Pair], share: float, seed: int) -> NDArray[np.bool_]:
+    """Return which rows only measure, `[N]`: whole prompts where there are several, else rows."""
+    keys = [pair.where for pair in pairs] if one_prompt(pairs) else [str(pair.prompt) for pair in pairs]
+    names = sorted(set(keys))
+    rng = np.random.default_rng([seed, 1])
+    count = round(share * len(names))
+    out = {names[i] for i in rng.permutation(len(names))[:count]} if count < len(names) else set()
+    return np.array([key in out for key in keys])
+
+
+def margins_of(pairs: list[Pair]) -> torch.Tensor | None:
+    """Return `[N]` margins, or None when all are 0."""
+    if not any(pair.margin for pair in pairs):
+        return None
+    return torch.tensor([pair.margin for pair in pairs], dtype=torch.float32)
+
+
+def plan_for(config: TrainConfig, pairs: list[Pair], examples: Pairs) -> HeadPlan:
+    """Return the diversity plan that the options and the pairs ask for."""
+    groups = [pair.group for pair in pairs]
+    if config.diversity == "auto":
+        recipe = "none" if config.heads == 1 else "group" if len(set(groups)) > 1 else "cluster"
+    else:
+        recipe = config.diversity
+    if recipe in ("group", "mixture") and ("" in groups or len(set(groups)) < 2):
+        nameless = next((pair.where for pair in pairs if not pair.group), "")
+        what = f"{nameless} has none" if nameless else f"all rows say {groups[0]!r}"
+        raise DataError(
+            f"--diversity {recipe} needs two or more groups and one on every row: {what}; or use --diversity cluster"
+        )
+    return plan_heads(
+        recipe,
+        config.heads,
+        len(pairs),
+        groups=groups if recipe in ("group", "mixture") else None,
+        features=((examples.chosen + examples.rejected) / 2).numpy() if recipe == "cluster" else None,
+        flip=config.flip,
+        seed=config.seed,
+    )
+
+
+def report_of(
+    ensemble: RewardEnsemble,
+    pairs: list[Pair],
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    held: NDArray[np.bool_],
+    plan: HeadPlan,
+) -> dict[str, Any]:
+    """Return accuracies and disagreement on the held-out pairs (on all where none are held out)."""
+    rows = held if held.any() else np.ones(len(held), bool)
+    margins = ensemble.margins(chosen[torch.from_numpy(rows)], rejected[torch.from_numpy(rows)])
+    share = disagreement(margins)
+    found = accuracy(margins)
+    return {
+        "pairs": len(pairs),
+        "groups": len({pair.group for pair in pairs if pair.group}),
+        "heads": ensemble.heads,
+        "base": ensemble.base_name,
+        "base_kind": ensemble.base_kind,
+        "reads": ensemble.reads,
+        "measured_on": {"pairs": int(rows.sum()), "held_out": bool(held.any())},
+        "accuracy": {
+            "uniform": float(accuracy(margins.mean(1))),
+            "best_head": float(found.max()),
+            "mean_head": float(found.mean()),
+        },
+        "disagreement": share,
+        "warning": collapse_warning(share, ensemble.heads),
+        "turned_heads": int((plan.signs < 0).sum()),
+        "head_accuracy": found.tolist(),
+    }
+
+
+def _card(folder: Path, ensemble: RewardEnsemble, report: dict[str, Any]) -> None:
+    name = folder.name.strip(".").removesuffix(".tmp")
+    summary = (
+        f"{report['heads']} {ensemble.head.spec.architecture} heads on a {report['base_kind']}, trained on {report['pairs']} "
+        f"pairs. Accuracy of the uniform ensemble on {report['measured_on']['pairs']} pairs: "
+        f"{report['accuracy']['uniform']:.3f}; two heads disagree on {report['disagreement']:.1%} of them."
+    )
+    body = f"""
+## Use
+
+    llmrl hyre adapt --model {name} --pairs LABELS.jsonl --output user.json
+    llmrl hyre score --model {name} --user user.json --pairs PAIRS.jsonl --output scores.jsonl
+"""
+    write_model_card(folder, title="Reward ensemble", base_model=ensemble.base_name, summary=summary, body=body)
+
+
+def _say(config: TrainConfig, ensemble: RewardEnsemble, report: dict[str, Any], folder: Path, seconds: float) -> None:
+    if report["warning"]:
+        print(f"warning: {report['warning']}", file=sys.stderr, flush=True)
+    if report["texts_cut"]:
+        print(
+            f"warning: {report['texts_cut']} texts were longer than the base reads and were cut",
+            file=sys.stderr,
+            flush=True,
+        )
+    if config.quiet:
+        return
+    where = "held-out pairs" if report["measured_on"]["held_out"] else "the training pairs"
+    print(
+        f"{report['heads']} heads on {report['pairs']} pairs of {max(report['groups'], 1)} group(s), reading the "
+        f"{report['reads']}, in {seconds:.0f} s\n{report['measured_on']['pairs']} {where}: uniform ensemble right on "
+        f"{report['accuracy']['uniform']:.1%}, best head {report['accuracy']['best_head']:.1%}; two heads disagree on "
+        f"{report['disagreement']:.1%}\n{folder}",
+        flush=True,
+    )
