@@ -108,7 +108,8 @@ def main(argv: list[str]) -> int:
         return EXIT_DONE
     from leret_report import write_tables
 
-    write_tables(config, [f"{name}-{hop_2}" for name in ("test", *further) for hop_2 in HOP_2])
+    parts = test_sets(Run(config, 0, config.policies[0]))
+    write_tables(config, [f"{name}-{hop_2}" for name in ("test", *further) for hop_2 in HOP_2], parts)
     return EXIT_DONE
 
 
@@ -148,12 +149,13 @@ def _once(folder: Path, train: Callable[[Path, str | None], Any]) -> str:
 
 
 def test_everywhere(run: Run, stages: dict[str, str], further: dict[str, dict[str, str]]) -> None:
-    """Write the reports of one seed: every control where hop 2 may return any passages, else the rows that are shown."""
+    """Write the reports of one seed: every stage where hop 2 may return any passages, else the rows that are shown."""
     few = {name: stages[name] for name in SHOWN}
     for hop_2, unseen in HOP_2.items():
-        report(run, few if unseen else stages, f"test-{hop_2}", controls=not unseen, unseen_only=unseen, rules=["all"])
+        shown = few if unseen else stages
+        report(run, shown, f"test-{hop_2}", controls=not unseen, unseen_only=unseen, rules=["all"])
         for name, files in further.items():
-            report(run, few, f"{name}-{hop_2}", unseen_only=unseen, rules=["all"], **files)
+            report(run, shown, f"{name}-{hop_2}", unseen_only=unseen, rules=["all"], **files)
 
 
 def report(run: Run, stages: dict[str, str], name: str, *, controls: bool = False, **changes: Any) -> dict[str, Any]:
@@ -184,6 +186,16 @@ def _test_questions(run: Run) -> list[str]:
     from llmrl.leret.options import LeretConfig
 
     return list(load_config_file(run.config.recipe, LeretConfig)["test_questions"])
+
+
+def test_sets(run: Run) -> dict[str, set[str]]:
+    """Return the ids of the questions of each test file, by the name of its folder."""
+    from llmrl.jsonl import id_field, read_objects
+
+    return {
+        Path(file).parent.name: {id_field(row, where) for where, row in read_objects(file)}
+        for file in _test_questions(run)
+    }
 
 
 def few_shot_styles(run: Run, options: Any) -> list[Any]:

@@ -25,21 +25,27 @@ CLAIMS = (
     ("-", "base", ("recall", "ap"), "any"),
     ("-", "base[told]", ("recall", "ap"), "any"),
 )
+_MARKS = {"above": ">", "below": "<", "open": ""}
 WORDS = {"above": "shown", "below": "the other way", "open": "not shown"}
 
 
-def write_tables(config: Any, names: Sequence[str]) -> None:
+def write_tables(config: Any, names: Sequence[str], parts: Mapping[str, set[str]]) -> None:
     """Pool the seeds of an evaluation; write leret.json, leret.md and the pictures.
 
     Args:
         config: of evals/leret.py.
         names: of the reports, "SET-HOP2".
+        parts: ids of the questions of each of the sets that "test" puts together.
     """
     output, work = Path(str(config.output_dir)), Path(config.work_dir)
     output.mkdir(parents=True, exist_ok=True)
     folders = {str(seed): work / f"seed-{seed}" for seed in range(len(config.policies))}
     reports = {name: pooled({seed: folder / name for seed, folder in folders.items()}, config.draws) for name in names}
     claims = [claim for name in names for claim in claims_of(name, reports[name])]
+    for hop_2 in ("any", "unseen"):  # of each set alone, which together may hide what one of them says
+        for part, ids in parts.items():
+            tested = {seed: folder / f"test-{hop_2}" for seed, folder in folders.items()}
+            claims += claims_of(f"{part}-{hop_2}", pooled(tested, config.draws, ids))
     facts: dict[str, Any] = {"claims": claims, "runs": _stages(folders), "few_shot": _few_shot(folders["0"])}
     if config.extras:
         facts["dpo"] = json.loads((work / "seed-0" / "dpo-any" / "report.json").read_text(encoding="utf-8"))
@@ -49,8 +55,14 @@ def write_tables(config: Any, names: Sequence[str]) -> None:
     _pictures(output, reports)
 
 
-def pooled(folders: Mapping[str, Path], draws: int) -> dict[str, Any]:
-    """Return the report over several seeds, each of which wrote report.json and outcomes.jsonl in its folder."""
+def pooled(folders: Mapping[str, Path], draws: int, only: set[str] | None = None) -> dict[str, Any]:
+    """Return the report over several seeds, each of which wrote report.json and outcomes.jsonl in its folder.
+
+    Args:
+        folders: by seed.
+        draws: behind the intervals.
+        only: ids of the questions that count; None for all.
+    """
     runs: dict[str, list[System]] = {}
     facts: dict[str, Any] = {}
     for seed, folder in folders.items():
@@ -58,6 +70,8 @@ def pooled(folders: Mapping[str, Path], draws: int) -> dict[str, Any]:
         found: dict[str, list[Outcome]] = {}
         for line in (folder / "outcomes.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
+            if only is not None and row["question_id"] not in only:
+                continue
             found.setdefault(row.pop("system"), []).append(Outcome.from_json(row))
         runs[seed] = [System(name, tuple(outcomes)) for name, outcomes in found.items()]
     # few-shot examples are made of seed 0 alone
@@ -150,6 +164,7 @@ def _markdown(facts: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]
     for name, report in reports.items():
         questions, _, hop_2 = name.rpartition("-")
         parts += [f"## {questions}, hop 2 returns {hop_2} passages", _ceiling(report), report_markdown(report).rstrip()]
+        parts += _by_type(report)
     if facts["few_shot"] is not None:
         found, above = facts["few_shot"]["system"], facts["few_shot"]["policy - few-shot"]
         rows = [
@@ -163,6 +178,26 @@ def _markdown(facts: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]
         parts += ["## Training by test retriever, seed 0"]
         parts += [transfer_markdown(table) for table in facts["transfer"].values()]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_type(report: Mapping[str, Any]) -> list[str]:
+    """Return the policy's differences to its controls by question type; [] where questions have none."""
+    others = [
+        name for name in dict.fromkeys(other for _, other, _, _ in CLAIMS) if f"{POLICY} - {name}" in report["paired"]
+    ]
+    found = {name: report["paired_by_type"][f"{POLICY} - {name}"] for name in others}
+    if not any(found.values()):
+        return []
+    rows = [
+        [
+            f"{POLICY} - {name}",
+            kind,
+            *(f"{markdown_cell(of[m], sign=True)} {_MARKS[verdict(of[m])]}".strip() for m in METRICS[:2]),
+        ]
+        for name, kinds in found.items()
+        for kind, of in kinds.items()
+    ]
+    return [aligned_table(["difference by type", "questions", "RE", "AP"], rows)]
 
 
 def _runs(claim: Mapping[str, Any]) -> str:

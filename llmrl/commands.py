@@ -114,6 +114,7 @@ def run_leret(argv: list[str], prog: str = "llmrl leret", action: str | None = N
 _HYRE = {
     "train": "Train K reward heads that differ on preference pairs.",
     "adapt": "Weigh the heads by the labels of one user; write the user's file.",
+    "eval": "Accuracy against labels on users it was not trained on, beside fine-tuning and every other way to use them.",
     "score": "Write the margin of chosen over rejected of every pair, for one user or for all heads alike.",
 }
 
@@ -143,15 +144,17 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
         "train": options.TrainConfig,
         "adapt": options.AdaptConfig,
         "score": options.ScoreConfig,
+        "eval": options.EvalConfig,
     }
     config = parse_config(classes[action], argv, prog=prog, description=_HYRE[action])
     quiet_libraries(config.quiet)
-    from llmrl.hyre import run, train
+    from llmrl.hyre import evaluation, run, train
 
     actions: dict[str, Callable[[Any], object]] = {
         "train": train.train,
         "adapt": run.adapt_user,
         "score": run.score_pairs,
+        "eval": evaluation.evaluate,
     }
     try:
         actions[action](config)

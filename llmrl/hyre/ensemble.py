@@ -29,7 +29,7 @@ from llmrl.reward_heads import RewardHead, build_reward_head
 
 ENSEMBLE_FILE = "reward_ensemble.json"
 FORMAT = 1
-HEAD_NAME = "reward"
+HEAD_NAME, SINGLE_NAME = "reward", "single"
 
 
 @dataclass
@@ -45,6 +45,8 @@ class RewardEnsemble:
         max_length: tokens read of a text; None: what the base reads.
         revision: of a hub name.
         names: `[K]`, what each head was trained on.
+        signs: `[K]`, -1 for heads that were trained to prefer the other side.
+        single: one head trained on all pairs, for comparison.
         facts: figures of the training, for people.
     """
 
@@ -56,6 +58,8 @@ class RewardEnsemble:
     max_length: int | None = None
     revision: str | None = None
     names: tuple[str, ...] = ()
+    signs: tuple[int, ...] = ()
+    single: RewardHead | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     _base: Features | None = None
 
@@ -128,10 +132,15 @@ class RewardEnsemble:
                 "max_length": self.max_length,
                 "fingerprint": self.fingerprint,
                 "heads": list(self.names),
+                "signs": list(self.signs),
+                "single": None if self.single is None else self.single.spec.to_json(),
                 "facts": self.facts,
             },
         )
-        save_head_tensors(folder, nn.ModuleDict({HEAD_NAME: self.head}))
+        save_head_tensors(folder, self._modules())
+
+    def _modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({HEAD_NAME: self.head, **({} if self.single is None else {SINGLE_NAME: self.single})})
 
 
 def load_ensemble(folder: Path | str) -> RewardEnsemble:
@@ -162,6 +171,8 @@ def load_ensemble(folder: Path | str) -> RewardEnsemble:
             fields["max_length"],
             base["revision"],
             tuple(fields["heads"]),
+            tuple(fields["signs"]),
+            None if fields["single"] is None else build_reward_head(HeadSpec(**fields["single"])),
             dict(fields["facts"]),
         )
         said = fields["fingerprint"]
@@ -169,8 +180,8 @@ def load_ensemble(folder: Path | str) -> RewardEnsemble:
         raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}): train again") from error
     if made.reads not in TEXTS:
         raise ModelError(f"{path}: expected 'reads' out of {', '.join(TEXTS)}, got {made.reads!r}")
-    load_head_tensors(nn.ModuleDict({HEAD_NAME: head}), read_tensors(folder / HEADS_FILE))
-    head.requires_grad_(False)
+    load_head_tensors(made._modules(), read_tensors(folder / HEADS_FILE))
+    made._modules().requires_grad_(False)
     if made.fingerprint != said:
         raise ModelError(
             f"{folder} is damaged: its heads are not the ones {ENSEMBLE_FILE} was written with; train again"

@@ -112,3 +112,27 @@ class ScoreConfig:
     seed: int = option(0, help="nothing is drawn; taken for uniformity")
     overwrite: bool = option(False, help="replace --output")
     quiet: bool = option(False, help="print errors only")
+
+
+@dataclass
+class EvalConfig:
+    """Options of `llmrl hyre eval`."""
+
+    model: str = option(help="folder of llmrl hyre train")
+    pairs: list[str] = option(help=f"{_PAIRS}, and group: the user; users that the ensemble was not trained on")
+    output_dir: str = option(help="where report.json, report.md and plots go")
+    sizes: list[int] = option(
+        [1, 2, 5, 10, 20, 32, 64, 128], help="numbers of labels; those no user has enough pairs for are left out"
+    )
+    draws: int = option(100, help="draws of the labels, for each user")
+    bootstrap_draws: int = option(2000, help="resamples behind the 95% intervals")
+    cache_dir: str | None = option(None, help="where features of texts are kept between runs")
+    seed: int = option(0, help="of draws and resamples")
+    overwrite: bool = option(False, help="replace what is in --output_dir")
+    quiet: bool = option(False, help="print errors only")
+
+    def __post_init__(self) -> None:
+        _check(self, {"draws": 2, "bootstrap_draws": 100, "seed": 0})
+        if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
+            raise UsageError(f"--sizes must be different numbers from 1 on, got {self.sizes}")
+        self.sizes = sorted(self.sizes)

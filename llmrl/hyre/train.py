@@ -72,6 +72,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config.max_length,
         config.revision,
         plan.names,
+        tuple(int(sign) for sign in plan.signs),
+        fit_heads(examples, plan_heads("none", 1, len(rows)), HeadShape(), settings),
         _base=base,
     )
     report = report_of(ensemble, pairs, chosen, rejected, held, plan)
