@@ -1,4 +1,4 @@
-"""Train a small query-writing policy from nothing: `python recipes/leret_policy.py --passages F --questions F --output_dir D`.
+"""Train a small query-writing policy: `python recipes/leret_policy.py --passages F --questions F --output_dir D`.
 
 A stock decoder of some 5 million parameters with a tokenizer of its own learns to write the queries of llmrl.leret.rules
 when it is told which, and any of them when it is not: what LeReT then starts from. It copies and invents nothing, so it fits
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         PolicyConfig,
         argv,
         prog="recipes/leret_policy.py",
-        description="Train a small query-writing policy from nothing.",
+        description="Train a small query-writing policy.",
     )
     _check(config)
     output = check_output_dir(config.output_dir, overwrite=config.overwrite)

@@ -26,10 +26,11 @@ tags:
 # A search policy of {parameters:.1f} million parameters
 
 Given a question and the passages a first search brought, it writes the query of the next search. A Llama with a byte-level
-BPE of {vocabulary:,} pieces, trained from nothing on two CPU cores: `recipes/leret_policy.py` taught it to write the queries of
-nine rules, LeReT (arXiv 2410.23214) which of them to write when, with BM25 over the passages of HotpotQA and
-2WikiMultihopQA. It copies words it reads and invents none, so it works on questions and passages it has not seen. It knows
-nothing and answers nothing.
+BPE of {vocabulary:,} pieces, trained on two CPU cores. Its first weights are wired by hand to copy
+words (`recipes/leret_policy_model.py`); `recipes/leret_policy.py` then taught it to write the queries of nine rules, and LeReT
+(arXiv 2410.23214) which of them to write when, with BM25 over the passages of HotpotQA and 2WikiMultihopQA.
+It copies words it reads and invents none, so it works on questions and passages it has not seen. It knows nothing and
+answers nothing.
 
     llmrl leret eval --model {folder} --questions QUESTIONS.jsonl --passages PASSAGES.jsonl --output_dir report
     llmrl serve {folder}

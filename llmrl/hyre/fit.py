@@ -250,6 +250,8 @@ def fit_heads(
         raise DataError(f"expected {count} rows, as the plan has, and at least one; got {len(first)}")
     if not all(torch.isfinite(part).all() for part in (first, second) if part is not None):
         raise DataError("features that are not finite: check the base model and its dtype")
+    if isinstance(examples, Labelled) and examples.binary and len(examples.targets.unique()) < 2:
+        raise DataError("all targets are of one class: a classifier needs examples of both")
     shift, scale = feature_scale(examples)
     model = TrainedHeads(heads, first.shape[1], shape, shift, scale, settings.seed)
     first = (first.float() - shift) * scale
@@ -268,7 +270,9 @@ def fit_heads(
         share = 1.0 if isinstance(rows, slice) else count / len(rows)
         return share * (losses * weights.T[rows]).sum() + settings.l2 / 2 * penalty
 
-    if model.convex:
+    if model.convex and isinstance(examples, Labelled) and not examples.binary:
+        _solve(model, first, signs[None] * examples.targets[:, None].float() - priors[0], weights, settings.l2)
+    elif model.convex:
         _minimise(model, objective, settings, advance)
     else:
         _descend(model, objective, count, settings, advance)
@@ -292,6 +296,24 @@ def feature_scale(examples: Pairs | Labelled) -> tuple[Tensor, Tensor]:
             "all features are the same: chosen and rejected do not differ, or the base model ignores its input"
         )
     return shift, (1 / size).expand(len(shift)).clone()
+
+
+@torch.no_grad()
+def _solve(model: TrainedHeads, features: Tensor, targets: Tensor, weights: Tensor, l2: float) -> None:
+    """Ridge regression in float64: what is trained plus the prior comes to the target (times the sign) of each head.
+
+    Heads with the same rows share one factorisation. The bias is not penalised.
+    """
+    x = torch.cat([features, torch.ones(len(features), 1)], 1).double()
+    penalty = l2 * torch.eye(x.shape[1], dtype=torch.float64)
+    penalty[-1, -1] = 0
+    alike, of = torch.unique(weights, dim=0, return_inverse=True)
+    for i, rows in enumerate(alike.double()):
+        heads = torch.nonzero(of == i).flatten()
+        gram = x.T @ (rows[:, None] * x) + penalty
+        found = torch.linalg.lstsq(gram, x.T @ (rows[:, None] * targets[:, heads].double()), driver="gelsd").solution
+        model.weight[heads] = found[:-1].T.float()
+        model.bias[heads] = found[-1].float()
 
 
 def _minimise(

@@ -1,0 +1,107 @@
+"""hyre.md: the tables of every part of evals/hyre.py that has been run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmrl.files import write_text
+from llmrl.hyre.report import cell, report_markdown
+from llmrl.tables import aligned_table
+
+
+def write_summary(output: Path) -> None:
+    """Write hyre.md from the JSON files in `output`."""
+    parts = ["# HyRe on real data"]
+    for name, section in (
+        ("persona", persona),
+        ("sides", sides),
+        ("uci", uci),
+        ("controls", controls),
+        ("active", active),
+    ):
+        file = output / f"hyre-{name}.json"
+        if file.is_file():
+            parts += section(json.loads(file.read_text(encoding="utf-8")))
+    write_text(output / "hyre.md", "\n\n".join(parts) + "\n")
+
+
+def persona(found: Mapping[str, Any]) -> list[str]:
+    """Return the tables of users that agree or disagree with statements."""
+    parts = [f"## Personas, {found['seeds']} splits"]
+    for kind in ("natural", "two-sided"):
+        parts += [f"### {kind} users", report_markdown(found[kind]).rstrip()]
+    return parts
+
+
+def sides(found: Mapping[str, Any]) -> list[str]:
+    """Return the table of one ensemble adapted to one of two sources."""
+    rows = []
+    for name in ("with length", "without length"):
+        part = found[name]
+        for side in ("harmless", "quality"):
+            rows.append([name, "uniform", "-", side, cell(part["uniform"][side]), ""])
+        for key, of in part.items():
+            if key.startswith(("hyre", "finetune")):
+                method, to, n, side = key.split()
+                rows.append([name, f"{method} to {to}", n, side, cell(of["accuracy"]), cell(of["change"], signed=True)])
+    longer = ", ".join(f"{side} {100 * share:.1f}%" for side, share in found["longer wins"].items())
+    disagreements = ", ".join(f"{name} {found[name]['disagreement']:.1%}" for name in ("with length", "without length"))
+    return [
+        "## Harmlessness against quality of answers",
+        f"The longer answer is the chosen one: {longer}. Two heads disagree on: {disagreements}.",
+        aligned_table(["features", "adapted", "labels", "tested on", "accuracy", "change, points"], rows),
+    ]
+
+
+def uci(found: Mapping[str, Any]) -> list[str]:
+    """Return ratios and absolute errors of regression under a shift."""
+    parts = [f"## Regression under a shift, {found['settings']['seeds']} seeds"]
+    for n, methods in found["summary"].items():
+        rows = [
+            [
+                name,
+                f"{of['mean']:.3f}",
+                f"{of['worst']:.3f}",
+                *(f"{of['ratios'][s]:.2f} ({of['errors'][s]:.2f})" for s in of["errors"]),
+            ]
+            for name, of in methods.items()
+        ]
+        sets = list(next(iter(methods.values()))["errors"])
+        parts += [aligned_table([f"n = {n}: error / uniform (error)", "mean", "worst", *sets], rows)]
+    return parts
+
+
+def controls(found: Mapping[str, Any]) -> list[str]:
+    """Return what labels that say nothing, and heads that agree, bring."""
+    rows = []
+    for name in ("shuffled labels", "heads that agree", "bootstrap heads"):
+        for n in (key for key in found[name] if key.isdigit()):
+            of = found[name][n]
+            cells = [cell(of[key], signed=True) for key in ("hyre - uniform", "hyre-auto - uniform")]
+            rows.append([name, n, *cells, f"{of['guarded']:.0%}"])
+    warning = str(found["heads that agree"]["warning"]).split("\n")[0]
+    return [
+        "## Negative controls",
+        aligned_table(["", "labels", "hyre - uniform, points", "with choice and guard", "guard fell back"], rows),
+        f"Of heads that agree, training says: {warning}",
+    ]
+
+
+def active(found: Mapping[str, Any]) -> list[str]:
+    """Return the criteria of active querying."""
+    rows = [
+        [
+            name,
+            *(f"{100 * of['curve'][n]:.1f}" for n in (2, 5, 10, 20)),
+            cell(of["area"]),
+            cell(of["above random"], signed=True),
+        ]
+        for name, of in found["criteria"].items()
+    ]
+    return [
+        f"## Which pair to ask: {found['users']} simulated users",
+        aligned_table(["criterion", "2 labels", "5", "10", "20", "mean over 1 to 20", "minus random, points"], rows),
+    ]
