@@ -3,15 +3,16 @@
     python evals/leret.py --policies runs/policy-0 runs/policy-1 runs/policy-2 --output_dir evals/results
 
 The policies come from recipes/leret_policy.py, one a seed. The settings of the recipe are first guesses: one run was looked at,
-on training questions, and nothing was changed. Of each seed, on the same explored pairs:
+on training questions, and nothing was changed. The rules, and that hop 1 asks the question, come from earlier work that had
+looked at these test questions. Of each seed, on the same explored pairs:
 
     policy      both stages: LeReT
     sft         its supervised stage alone
     sft-longer  supervised training for as many steps as both stages
     base        the pretrained policy asked plainly; [told] told a rule by name; [few-shot], of seed 0, with examples of its own
 
-beside the question on both hops, its top k x hops in one search, every rule, and the oracle among the rules. Nothing is
-chosen on test questions: they are read by the last step, which prints every row. Stages and reports stay in `--work_dir`: a
+beside the question on both hops, its top k x hops in one search, every rule, and the oracle among the rules. Test questions are read by the
+last step alone, which prints every row. Stages and reports stay in `--work_dir`: a
 killed run goes on with the same command, and `--only 1` does one seed, so that several can run side by side.
 """
 
