@@ -11,8 +11,8 @@ looked at these test questions. Of each seed, on the same explored pairs:
     sft-longer  supervised training for as many steps as both stages
     base        the pretrained policy asked plainly; [told] told a rule by name; [few-shot], of seed 0, with examples of its own
 
-beside the question on both hops, its top k x hops in one search, every rule, and the oracle among the rules. Test questions are read by the
-last step alone, which prints every row. Stages and reports stay in `--work_dir`: a
+beside the question on both hops, its top k x hops in one search, every rule, and the oracle among the rules. Test questions
+are read by the last step alone, which prints every row. Stages and reports stay in `--work_dir`: a
 killed run goes on with the same command, and `--only 1` does one seed, so that several can run side by side.
 """
 

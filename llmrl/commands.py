@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llmrl.config import parse_config
-from llmrl.errors import EXIT_DONE, Interrupted, UsageError, did_you_mean
+from llmrl.errors import EXIT_DONE, EXIT_FAILED_ROWS, Interrupted, UsageError, did_you_mean
 
 
 def run_calibrate(argv: list[str], prog: str = "llmrl calibrate") -> int:
@@ -108,12 +108,13 @@ def run_leret(argv: list[str], prog: str = "llmrl leret", action: str | None = N
     except KeyboardInterrupt as stopped:
         kept = str(stopped) or "the same command goes on with what is finished"
         raise Interrupted(f"interrupted: {kept}") from None
-    return EXIT_DONE
+    return EXIT_FAILED_ROWS if run.failed_prompts(action, str(config.output_dir)) else EXIT_DONE
 
 
 _HYRE = {
     "train": "Train K reward heads that differ on preference pairs.",
     "adapt": "Weigh the heads by the labels of one user; write the user's file.",
+    "query": "Ask A or B in the terminal, the most telling pair first; every answer is kept at once.",
     "eval": "Accuracy against labels on users it was not trained on, beside fine-tuning and every other way to use them.",
     "score": "Write the margin of chosen over rejected of every pair, for one user or for all heads alike.",
 }
@@ -127,7 +128,7 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
         prog: shown in usage messages.
         action: one of the actions.
     """
-    from llmrl.hyre import options
+    from llmrl.hyre import options, query_options
 
     if action is None:
         if not argv or argv[0] in ("-h", "--help"):
@@ -144,16 +145,18 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
         "train": options.TrainConfig,
         "adapt": options.AdaptConfig,
         "score": options.ScoreConfig,
+        "query": query_options.QueryConfig,
         "eval": options.EvalConfig,
     }
     config = parse_config(classes[action], argv, prog=prog, description=_HYRE[action])
     quiet_libraries(config.quiet)
-    from llmrl.hyre import evaluation, run, train
+    from llmrl.hyre import evaluation, query, run, train
 
     actions: dict[str, Callable[[Any], object]] = {
         "train": train.train,
         "adapt": run.adapt_user,
         "score": run.score_pairs,
+        "query": query.query,
         "eval": evaluation.evaluate,
     }
     try:

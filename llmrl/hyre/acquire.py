@@ -30,7 +30,7 @@ from llmrl.hyre.posterior import entropy, label_losses, probabilities
 Array = NDArray[np.float64]
 CRITERIA = ("random", "entropy", "bald", "variance", "weighted_variance", "margin", "information")
 STOP_WINDOW, STOP_SHARE = 5, 0.01
-_LEAST_NOVELTY = 1e-9  # of a pair that repeats the chosen ones: it comes after all others, in the order of the criterion
+_LEAST_NOVELTY = 1e-9  # above 0: pairs that repeat the picked ones come last, in the order of the criterion
 
 
 def scores(
@@ -106,21 +106,18 @@ def choose_batch(
     worth = worth - min(float(worth.min(initial=0.0)), 0.0)
     left = np.ones(len(f), bool)
     left[list(taken)] = False
-    spread = (f - (f @ w)[:, None]) * np.sqrt(w)  # its products are the covariances under w
-    length = np.sqrt((spread**2).sum(1, keepdims=True))
-    rest = np.divide(spread, length, out=np.zeros_like(spread), where=length > 0)
+    size = min(size, int(left.sum()))
+    # rows of length 1 whose products are the correlations under w; what earlier picks explain is taken out one by one
+    rest = _standardised(f, w) if size > 1 else f
     novelty = np.ones(len(f))
     picked: list[int] = []
-    for _ in range(min(size, int(left.sum()))):
+    while len(picked) < size:
         best = int(np.where(left, worth * novelty, -1.0).argmax())
         picked.append(best)
         left[best] = False
-        direction = rest[best].copy()
-        size_left = float(np.linalg.norm(direction))
-        if size_left > 1e-6:  # below it, rounding is all that is left of the vector
-            direction /= size_left
-            rest = rest - (rest @ direction)[:, None] * direction
-        novelty = np.maximum((rest**2).sum(1), _LEAST_NOVELTY)
+        if len(picked) < size:
+            rest = _without(rest, rest[best])
+            novelty = np.maximum((rest**2).sum(1), _LEAST_NOVELTY)
     return np.asarray(picked, np.int64)
 
 
@@ -130,8 +127,8 @@ def should_stop(
     """Tell whether labels have stopped to change what is decided about the pool.
 
     They have when the sides that the present weights take on the pool differ from those of each of the last `window` steps
-    on at most `share` of its pairs. It is in the unit a user cares for, decisions, and does not depend on the scale of the
-    heads, as a threshold on the information of the best question would. There is no stopping before `window` labels.
+    on at most `share` of its pairs. That is in the unit a user cares for, decisions; a threshold in nats on the information
+    of the best question would stop before the first one where heads have small margins. Nothing stops before `window` labels.
 
     Args:
         margins: `[N, K]` of the pool, labelled pairs included.
@@ -154,6 +151,20 @@ def should_stop(
     return bool(((sides[:-1] != sides[-1]).mean(1) <= share).all())
 
 
+def _standardised(f: Array, w: Array) -> Array:
+    spread = (f - (f @ w)[:, None]) * np.sqrt(w)
+    length = np.sqrt((spread**2).sum(1, keepdims=True))
+    return np.divide(spread, length, out=np.zeros_like(spread), where=length > 0)
+
+
+def _without(rows: Array, direction: Array) -> Array:
+    length = float(np.linalg.norm(direction))
+    if length < 1e-6:  # rounding is all that is left of it
+        return rows
+    unit = direction / length
+    return rows - (rows @ unit)[:, None] * unit
+
+
 def _mean(values: Array, weights: Array) -> Array:
     """Return sum_k w_k v_k, `[..., N]`, of `[..., N, K]` and `[..., K]`."""
     return np.asarray(np.matmul(values, weights[..., None])[..., 0])
@@ -164,8 +175,9 @@ def _x_log_x(x: Array) -> Array:
 
 
 def _entropy(f: Array, w: Array) -> Array:
-    # the second side is averaged by itself: 1 - p would lose a probability below 1e-16
-    return -_x_log_x(_mean(probabilities(f), w)) - _x_log_x(_mean(probabilities(-f), w))
+    # from the less likely side, which is averaged by itself: 1 - p would lose a probability below 1e-16
+    less = np.minimum(_mean(probabilities(f), w), _mean(probabilities(-f), w))
+    return -_x_log_x(less) - (1 - less) * np.log1p(-less)
 
 
 def _bald(f: Array, w: Array) -> Array:

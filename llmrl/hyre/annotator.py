@@ -94,7 +94,7 @@ def query_curve(
         seed: of "random": every user has an order of their own.
 
     Raises:
-        DataError: more queries than pairs, shapes that do not fit, or a true margin of 0.
+        DataError: more queries than pairs, shapes that do not fit, labels that are not 1 or 0, or a true margin of 0.
     """
     f, y = np.asarray(margins, np.float64), np.asarray(labels, np.float64)
     test, truth = np.asarray(test_margins, np.float64), np.asarray(test_truth, np.float64)
@@ -145,5 +145,7 @@ def _check(f: Array, y: Array, test: Array, truth: Array, queries: int) -> None:
         )
     if not 0 <= queries <= f.shape[-2]:
         raise DataError(f"expected 0 to {f.shape[-2]} queries, as many as the pool has pairs, got {queries}")
+    if not ((y == 0) | (y == 1)).all():
+        raise DataError("expected labels of 1 and 0")
     if not np.isfinite(truth).all() or not truth.all():
         raise DataError("a test pair has no better side: leave out those with a true margin of 0")
