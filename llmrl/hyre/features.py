@@ -20,7 +20,7 @@ from llmrl.encoder import DEFAULT_ENCODER, Encoder, default_encoder
 from llmrl.errors import DataError, ModelError
 from llmrl.files import resolve_reference
 from llmrl.heads import BaseReference
-from llmrl.hyre.pairs import Messages, Pair, chat_text, plain_text
+from llmrl.hyre.pairs import Messages, Pair, model_text, plain_text
 from llmrl.modeling import local_folder
 from llmrl.training.tracking import progress_bar
 
@@ -92,8 +92,7 @@ class CausalFeatures:
 
     def text(self, prompt: Messages, answer: str) -> str:
         """Return the dialogue in the model's chat template, or as plain text where it has none."""
-        tokenizer = self.base.tokenizer
-        return chat_text(tokenizer, prompt, answer) if tokenizer.chat_template else plain_text(prompt, answer)
+        return model_text(self.base.tokenizer, prompt, answer)
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], *, quiet: bool = True) -> Tensor:

@@ -120,6 +120,11 @@ def chat_text(tokenizer: Any, prompt: Messages, answer: str) -> str:
     return text.removeprefix(first) if first and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else text
 
 
+def model_text(tokenizer: Any, prompt: Messages, answer: str) -> str:
+    """Return what a causal LM reads: its chat template's text, or plain text where its tokenizer has no template."""
+    return chat_text(tokenizer, prompt, answer) if tokenizer.chat_template else plain_text(prompt, answer)
+
+
 def one_prompt(pairs: Sequence[Pair]) -> bool:
     """Tell whether all pairs have the same prompt, which then says nothing."""
     return len({pair.prompt for pair in pairs}) == 1

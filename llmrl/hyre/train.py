@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,15 +17,16 @@ from llmrl.errors import DataError, UsageError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
 from llmrl.hyre.diversity import HeadPlan, plan_heads
 from llmrl.hyre.ensemble import RewardEnsemble
-from llmrl.hyre.features import CausalFeatures, embed_pairs, open_features
+from llmrl.hyre.features import CausalFeatures, Features, embed_pairs, open_features
 from llmrl.hyre.fit import FitSettings, HeadShape, Pairs, feature_scale, fit_heads
 from llmrl.hyre.metrics import accuracy, collapse_warning, disagreement
 from llmrl.hyre.options import TrainConfig
 from llmrl.hyre.pairs import Pair, one_prompt, read_pairs
+from llmrl.training.distributed import is_main_process
 from llmrl.training.run import write_model_card, write_run_files
 from llmrl.training.tracking import progress_bar
 
-STALE = ("checkpoint-*",)
+STALE = ("checkpoint-*", "metrics.jsonl", "timings.jsonl")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -37,22 +39,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     folder = check_output_dir(config.output_dir, overwrite=config.overwrite)
+    tuned = config.tuning != "frozen"
+    if tuned:
+        from llmrl.hyre.tune import check_start, work_folder
+        from llmrl.hyre.tune_settings import settings_of
+        from llmrl.hyre.tuned_folder import move_base
+
+        check_start(work_folder(folder), settings_of(config), config.resume_from_checkpoint, overwrite=config.overwrite)
     pairs = read_pairs(config.pairs)
     base = open_features(
         config.base,
         max_length=config.max_length,
         batch_size=config.batch_size,
-        dtype=config.dtype,
+        dtype=weights_dtype(config.dtype, config.tuning),
         revision=config.revision,
     )
-    if config.tuning != "frozen":
-        if not isinstance(base, CausalFeatures):
-            raise UsageError(
-                f"--tuning {config.tuning} trains a causal LM, and {base.name} is a sentence encoder: use --tuning frozen"
-            )
-        raise UsageError(f"--tuning {config.tuning} is not there yet")
+    if tuned and not isinstance(base, CausalFeatures):
+        raise UsageError(
+            f"--tuning {config.tuning} trains a causal LM, and {base.name} is a sentence encoder: use --tuning frozen"
+        )
     reads = reads_of(config.reads, pairs)
-    cache = None if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    cache = _cache_of(config)
     chosen, rejected = embed_pairs(base, pairs, reads, cache_dir=cache, quiet=config.quiet)
     held = held_out_rows(pairs, config.held_out, config.seed)
     kept = torch.from_numpy(~held)
@@ -61,33 +68,96 @@ def train(config: TrainConfig) -> dict[str, Any]:
     plan = plan_for(config, rows, examples)
     shape = HeadShape(config.kind, config.hidden, config.prior, config.prior_scale)
     settings = FitSettings(config.l2, config.steps, config.lr, center=config.center, seed=config.seed)
-    with progress_bar("heads", config.steps, unit="step", quiet=config.quiet) as advance:
-        head = fit_heads(examples, plan, shape, settings, advance=advance)
+    name = base.name
+    if tuned:
+        trained = _train_base(config, base, rows, reads, examples, plan, shape, settings, folder)
+        if trained is None:  # the first process writes
+            return {}
+        head, base = trained.head, trained.base
+        chosen, rejected = embed_pairs(base, pairs, reads, quiet=config.quiet)
+        examples = Pairs(chosen[kept], rejected[kept], examples.margin)
+    else:
+        with progress_bar("heads", config.steps, unit="step", quiet=config.quiet) as advance:
+            head = fit_heads(examples, plan, shape, settings, advance=advance)
     ensemble = RewardEnsemble(
         head,
-        base.name,
+        "base" if tuned else name,
         base.kind,
         base.identity,
         reads,
         config.max_length,
-        config.revision,
+        None if tuned else config.revision,
         plan.names,
         tuple(int(sign) for sign in plan.signs),
         fit_heads(examples, plan_heads("none", 1, len(rows)), HeadShape(), settings),
         _base=base,
     )
-    report = report_of(ensemble, pairs, chosen, rejected, held, plan)
+    report = report_of(ensemble, pairs, chosen, rejected, held, plan) | {"base": name}
     report["feature_scale"] = float(feature_scale(examples)[1][0])
     report["texts_cut"] = int(getattr(base, "cut", 0))
     ensemble.facts = {name: value for name, value in report.items() if name != "head_accuracy"}
     with staging_folder(folder) as staging:
+        if tuned:
+            move_base(work_folder(folder), staging, folder)
         ensemble.save(staging)
         write_json(staging / "report.json", report)
         write_run_files(staging, to_flat(config))
         _card(staging, ensemble, report)
         publish_folder(staging, folder, stale=STALE)
+    if tuned:
+        shutil.rmtree(work_folder(folder))
     _say(config, ensemble, report, folder, time.monotonic() - started)
     return report
+
+
+def weights_dtype(dtype: str, tuning: str) -> str:
+    """Return the type in which the base's weights are held, of `--dtype`.
+
+    "auto" is the checkpoint's own; where the base is trained on a CPU, or as a whole, it is float32: a step of 1e-4 is lost in
+    a bfloat16 weight.
+    """
+    if dtype != "auto" or tuning == "frozen" or (tuning == "lora" and torch.cuda.is_available()):
+        return dtype
+    return "float32"
+
+
+def _cache_of(config: TrainConfig) -> Path | None:
+    """Return where features are kept; of a base that is to be trained by type, and by one process."""
+    if config.cache_dir is None or not is_main_process():
+        return None
+    cache = Path(config.cache_dir).expanduser()
+    return cache if config.tuning == "frozen" else cache / weights_dtype(config.dtype, config.tuning)
+
+
+def _train_base(
+    config: TrainConfig,
+    base: Features,
+    rows: list[Pair],
+    reads: str,
+    examples: Pairs,
+    plan: HeadPlan,
+    shape: HeadShape,
+    settings: FitSettings,
+    folder: Path,
+) -> RewardEnsemble | None:
+    """Train base and heads in a folder beside `folder`; return what was saved there, None on all processes but the first."""
+    from llmrl.hyre.tune import train_backbone, work_folder
+    from llmrl.hyre.tune_settings import settings_of
+
+    assert isinstance(base, CausalFeatures)
+    return train_backbone(
+        base,
+        rows,
+        reads,
+        examples,
+        plan,
+        work_folder(folder),
+        shape=shape,
+        fit=settings,
+        settings=settings_of(config),
+        resume=config.resume_from_checkpoint,
+        overwrite=config.overwrite,
+    )
 
 
 def reads_of(option: str, pairs: list[Pair]) -> str:
@@ -184,7 +254,7 @@ def _card(folder: Path, ensemble: RewardEnsemble, report: dict[str, Any]) -> Non
     llmrl hyre adapt --model {name} --pairs LABELS.jsonl --output user.json
     llmrl hyre score --model {name} --user user.json --pairs PAIRS.jsonl --output scores.jsonl
 """
-    write_model_card(folder, title="Reward ensemble", base_model=ensemble.base_name, summary=summary, body=body)
+    write_model_card(folder, title="Reward ensemble", base_model=report["base"], summary=summary, body=body)
 
 
 def _say(config: TrainConfig, ensemble: RewardEnsemble, report: dict[str, Any], folder: Path, seconds: float) -> None:

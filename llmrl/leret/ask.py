@@ -65,6 +65,19 @@ class AskTally:
     failed: int = 0
     failure: str = ""
 
+    @property
+    def prompts(self) -> int:
+        """Prompts that were to be answered."""
+        return self.answers + self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a report says of prompts without an answer."""
+        return {"failed": self.failed, "prompts": self.prompts, "first": self.failure}
+
+    def failures(self) -> str:
+        """Return how many prompts got no answer, with the first error."""
+        return f"{self.failed} of {self.prompts} prompts got no answer ({self.failure:.120})"
+
 
 class Asker(Protocol):
     """Answers asks; `fingerprint` names what it answers with, `tally` counts."""
@@ -76,6 +89,10 @@ class Asker(Protocol):
         self, asks: Sequence[Ask], *, samples: int, temperature: float, seed: int, folder: Path
     ) -> dict[tuple[str, int], Answer]:
         """Return the answer to each (key, sample); a pair whose episode failed is not in it."""
+        ...
+
+    def recount(self, folder: Path) -> None:
+        """Count what an earlier run asked in this folder and the folders in it, and nobody asks again."""
         ...
 
 
@@ -141,14 +158,28 @@ class EngineAsker:
         )
         barrier()
         self.tally.seconds += time.perf_counter() - begun
-        return self._read(read_shards(folder), len(rows))
+        answers, errors = self._read(read_shards(folder))
+        if not answers:
+            raise DataError(
+                f"none of {len(rows)} prompts got an answer; the first: {errors[0] if errors else 'nothing ran'}"
+            )
+        return answers
+
+    def recount(self, folder: Path) -> None:
+        """Count what an earlier run asked in this folder and the folders in it, and nobody asks again."""
+        for path in sorted(folder.rglob("run.json")):
+            self._read(read_shards(path.parent))
 
     def messages(self, ask: Ask) -> tuple[Message, ...]:
         """Return the dialogue of one ask."""
         return self.format.messages(ask.style, ask.question, ask.passages)
 
-    def _read(self, records: Mapping[tuple[str, int], dict[str, Any]], rows: int) -> dict[tuple[str, int], Answer]:
-        answers, errors = {}, []
+    def _read(
+        self, records: Mapping[tuple[str, int], dict[str, Any]]
+    ) -> tuple[dict[tuple[str, int], Answer], list[str]]:
+        """Return the answers and the errors, and count both."""
+        answers: dict[tuple[str, int], Answer] = {}
+        errors: list[str] = []
         for key, record in sorted(records.items()):
             turn = next((turn for turn in record["turns"] if turn["policy_version"]), None)
             if record["error"] is not None or turn is None:
@@ -159,11 +190,7 @@ class EngineAsker:
         self.tally.answers += len(answers)
         self.tally.failed += len(errors)
         self.tally.failure = self.tally.failure or (errors[0] if errors else "")
-        if rows and not answers:
-            raise DataError(
-                f"none of {rows} prompts got an answer; the first: {errors[0] if errors else 'nothing ran'}"
-            )
-        return answers
+        return answers, errors
 
 
 class _OneAnswer:
@@ -207,6 +234,9 @@ class RuleAsker:
         self.tally.seconds += time.perf_counter() - begun
         self.tally.answers += len(answers)
         return answers
+
+    def recount(self, folder: Path) -> None:
+        """Count nothing: rules are asked anew, in no time."""
 
 
 def prompt_ids(

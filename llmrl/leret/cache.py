@@ -23,10 +23,11 @@ _APPLICATION = 0x4C655265  # "LeRe", in the file's header
 _VERSION = 1
 _WAIT = 60.0
 _AT_ONCE = 500
+_ASKED_AT_ONCE = 256
 
 
 class CachedRetriever:
-    """A retriever whose answers are kept in a file; an empty answer is kept too.
+    """A retriever whose answers are kept in a file. An empty answer is not: it may be a server's fault of the day.
 
     Args:
         retriever: what is asked when the file does not know.
@@ -67,18 +68,23 @@ class CachedRetriever:
         return self._retriever.fingerprint
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """Return kept answers, and ask the retriever once for each distinct query that has none. See `Retriever`."""
+        """Return kept answers, and ask the retriever once for each distinct query that has none. See `Retriever`.
+
+        It is asked for some hundred queries at a time and their answers are kept before the next, so that what a server
+        found before it failed is not searched for again.
+        """
         queries = check_query_batch(queries, k)
         known = self._read(list(dict.fromkeys(queries)), k)
         unknown = [query for query in dict.fromkeys(queries) if query not in known]
-        if unknown:
-            found = self._retriever.search(unknown, k)  # outside of the lock: other threads go on
-            if len(found) != len(unknown):
+        for start in range(0, len(unknown), _ASKED_AT_ONCE):
+            asked = unknown[start : start + _ASKED_AT_ONCE]
+            found = self._retriever.search(asked, k)  # outside of the lock: other threads go on
+            if len(found) != len(asked):
                 raise RetrieverError(
-                    f"retriever {self.name}: expected a list of hits for each of {len(unknown)} queries (the first: "
-                    f"{unknown[0]!r:.100}), got {len(found)} lists"
+                    f"retriever {self.name}: expected a list of hits for each of {len(asked)} queries (the first: "
+                    f"{asked[0]!r:.100}), got {len(found)} lists"
                 )
-            answers = dict(zip(unknown, found, strict=True))
+            answers = dict(zip(asked, found, strict=True))
             self._write(answers, k)
             known.update(answers)
         with self._lock:
@@ -108,7 +114,6 @@ class CachedRetriever:
         return known
 
     def _write(self, answers: dict[str, list[Hit]], k: int) -> None:
-        # an empty answer is asked for again: it may be a server's fault of the day
         rows = [(self.fingerprint, k, _key(query), self._pack(hits)) for query, hits in answers.items() if hits]
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")

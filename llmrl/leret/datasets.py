@@ -11,7 +11,7 @@ from typing import Any
 
 from llmrl.errors import DataError
 from llmrl.leret.context import SearchState
-from llmrl.leret.pairs import Pair, PairRule, Target, distinct_queries
+from llmrl.leret.pairs import Pair, Target
 from llmrl.leret.records import Group
 from llmrl.types import Message
 
@@ -46,27 +46,17 @@ def sft_rows(targets: Iterable[Target], render: Render) -> list[dict[str, Any]]:
     return rows
 
 
-def grpo_rows(groups: Iterable[Group], render: Render, rule: PairRule | None = None) -> list[dict[str, Any]]:
+def grpo_rows(groups: Iterable[Group], render: Render) -> list[dict[str, Any]]:
     """Return one row a group: `prompt`, the `candidates` with their `rewards`, and `gold_ids`, a list for each document.
 
-    Args:
-        groups: in the order of the rows.
-        render: the bare prompt of a state.
-        rule: None: every candidate as it was sampled, which an advantage over the group needs. Otherwise the different
-            queries that the rule's filters leave; a group without any gives no row.
+    Every candidate stands there as it was sampled, which an advantage over the group needs.
     """
     rows = []
     for group in groups:
-        if rule is None:
-            tried = [(candidate.query, candidate.value) for candidate in group.candidates]
-        else:
-            tried = [(query.text, query.value) for query in distinct_queries(group, rule)]
-        if not tried:
-            continue
         row = {
             "prompt": _prompt(group.state, render)[0],
-            "candidates": [text for text, _ in tried],
-            "rewards": [value for _, value in tried],
+            "candidates": [candidate.query for candidate in group.candidates],
+            "rewards": [candidate.value for candidate in group.candidates],
             "gold_ids": [list(ids) for ids in group.gold],
         }
         rows.append(row | _where(group.state))

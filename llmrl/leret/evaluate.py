@@ -36,6 +36,7 @@ Array = NDArray[np.float64]
 METRICS = ("recall", "ap", "mrr", "both")
 NO_TYPE = "no type"
 _DIGITS = 12  # a difference of sums of the same fractions is 0, not 1e-17
+MOST_EMPTY = 0.5  # a row with more empty searches than this share is marked
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,12 @@ class System:
     def hops(self) -> int:
         """Most hops of any question."""
         return max(len(outcome.hops) for outcome in self.outcomes)
+
+    @property
+    def mostly_empty(self) -> bool:
+        """Whether more than MOST_EMPTY of its searches found nothing; a question without any query counts as one of them."""
+        empty, calls, _ = _calls([self])
+        return empty > MOST_EMPTY * calls
 
     def scores(self, hop: int | None = None) -> Array:
         """Return `[questions, METRICS]` after `hop` hops, or at the end, questions in the order of `ids`."""
@@ -176,9 +183,10 @@ def report_json(
 
     Returns:
         "systems": by name METRICS as {"value", "low", "high"}, "hops_used" (queries a question) likewise, "by_hop" (a list),
-        "by_type", "searches" and "empty", the share of them that found nothing. "paired": by "a - b" METRICS as {"value",
-        "low", "high", "two_sided"}, the last being twice the smaller share of draws on one side of 0. Likewise
-        "paired_by_hop" and "paired_by_type". Then "questions", "excluded", "bootstrap" and `facts`.
+        "by_type", "searches" and "empty", the share of them that found nothing, "never_searched" (questions for which no
+        query was written), and "mostly_empty": with these, more than MOST_EMPTY of the searches found nothing. "paired": by
+        "a - b" METRICS as {"value", "low", "high", "two_sided"}, the last being twice the smaller share of draws on one
+        side of 0. Likewise "paired_by_hop" and "paired_by_type". Then "questions", "excluded", "bootstrap" and `facts`.
 
     Raises:
         DataError: systems over different questions, or two of one name.
@@ -231,20 +239,16 @@ def report_seeds(
     return to_json({**report, **(facts or {})})
 
 
-def paired_differences(a: System, b: System, *, draws: int = 10_000, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Return a - b of each metric at the end: {"value", "low", "high", "two_sided"}."""
-    if a.name == b.name:
-        a, b = System("a", a.outcomes), System("b", b.outcomes)
-    return report_json([a, b], [(a.name, b.name)], draws=draws, seed=seed)["paired"][f"{a.name} - {b.name}"]
-
-
 def _system_json(
     name: str, found: Sequence[System], everything: _Sample, by_type: Mapping[str, _Sample]
 ) -> dict[str, Any]:
+    empty, calls, never = _calls(found)
     return {
         **everything.scores(name),
         "hops_used": everything.interval((name, None, "hops_used")),
         **_empties(found),
+        "never_searched": never,
+        "mostly_empty": empty > MOST_EMPTY * calls,
         "by_hop": [
             {"hop": hop, **everything.scores(name, hop), **_empties(found, hop)} for hop in range(1, _hops(found) + 1)
         ],
@@ -274,6 +278,14 @@ def _empties(found: Sequence[System], hop: int | None = None) -> dict[str, Any]:
     taken = slice(None) if hop is None else slice(hop - 1, hop)
     searches = [score.no_hit for system in found for outcome in system.outcomes for score in outcome.hops[taken]]
     return {"searches": len(searches), "empty": sum(searches) / len(searches) if searches else None}
+
+
+def _calls(found: Sequence[System]) -> tuple[int, int, int]:
+    """Return (empty searches, all searches, questions without a query), the last being in the first two as well."""
+    outcomes = [outcome for system in found for outcome in system.outcomes]
+    never = sum(not outcome.hops for outcome in outcomes)
+    empty = sum(score.no_hit for outcome in outcomes for score in outcome.hops)
+    return never + empty, never + sum(len(outcome.hops) for outcome in outcomes), never
 
 
 def _hops(found: Sequence[System]) -> int:
@@ -359,7 +371,8 @@ class _Sample:
         if not self.seeds:
             return {}
         means = [round(value, _DIGITS) for value in runs.mean(1).tolist()]
-        return {"runs": dict(zip(self.seeds, means, strict=True)), "sd": float(np.std(means, ddof=1))}
+        sd = round(float(np.std(means, ddof=1)), _DIGITS)  # of equal values 0, not 1e-16
+        return {"runs": dict(zip(self.seeds, means, strict=True)), "sd": sd}
 
 
 def _mean(runs: Array) -> float:

@@ -16,12 +16,14 @@ from typing import Any
 
 from llmrl.errors import UsageError, did_you_mean
 from llmrl.files import write_json, write_text
+from llmrl.leret.ask import AskTally
 from llmrl.leret.evaluate import System, report_json
-from llmrl.leret.opening import Opened, Say, model_and_adapter, open_asker
+from llmrl.leret.model_identity import model_and_adapter
+from llmrl.leret.opening import Opened, Say, open_asker, warn
 from llmrl.leret.play import QUESTION, QUESTION_TOP, baselines, play, rule_systems
 from llmrl.leret.prompts import PromptStyle, load_setup
 from llmrl.leret.questions import QuestionSet
-from llmrl.leret.report import report_markdown
+from llmrl.leret.report import report_markdown, warnings
 from llmrl.leret.rules import RULES
 from llmrl.rollout.seeds import derive_seed
 from llmrl.training.distributed import barrier, is_main_process
@@ -39,6 +41,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Play every system on `questions` and write the report; return it.
 
+    The question itself is searched for first: where that finds nothing the retriever is at fault, and nothing is asked. A
+    row of a model or a rule that finds nothing is reported as such, in the report and on stderr.
+
     Args:
         opened: corpus, retriever, prompt.
         questions: what is asked.
@@ -46,6 +51,9 @@ def evaluate(
         folder: of the report; answers that lie there are kept.
         say: prints.
         further: by the name of a model, styles that it is also asked in, beside the bare one and those of --prompts.
+
+    Raises:
+        RetrieverError: the retriever failed, or finds nothing for most of the questions as they stand.
     """
     config = opened.config
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,10 +70,13 @@ def evaluate(
     chosen = _rules(config.rules)
     if chosen:
         systems += rule_systems(chosen, opened.searcher(), opened.corpus, questions.questions, settings)
-    played = []
+    played: list[System] = []
+    tallies: dict[str, AskTally] = {}
     for one in models:
         styles = (further or {}).get(one[0], ())
-        played += _play_model(opened, questions, *one, styles, seed, folder, say)
+        found, counted = _play_model(opened, questions, *one, styles, seed, folder, say)
+        played += found
+        tallies |= counted
     systems += played
     names = [system.name for system in systems]
     if played:
@@ -78,8 +89,15 @@ def evaluate(
         draws=config.bootstrap_draws,
         seed=config.seed,
         excluded=questions.excluded,
-        facts={**opened.facts(), "search": _search(opened), "models": {name: _shown(m, a) for name, m, a in models}},
+        facts={
+            **opened.facts(),
+            "search": _search(opened),
+            "models": {name: _shown(m, a) for name, m, a in models},
+            "failed_prompts": {name: tally.to_json() for name, tally in tallies.items()},
+        },
     )
+    for line in warnings(report):
+        warn(line)
     if is_main_process():
         _write(folder, report, systems)
         say(report_markdown(report))
@@ -121,8 +139,8 @@ def _play_model(
     seed: int,
     folder: Path,
     say: Say,
-) -> list[System]:
-    """Play one model in the bare style, in those of --prompts, and in further ones."""
+) -> tuple[list[System], dict[str, AskTally]]:
+    """Play one model in the bare style, in those of --prompts, and in further ones; return the rows and their counts."""
     own = load_setup(adapter, model)
     used = opened
     if own is not None:
@@ -135,20 +153,16 @@ def _play_model(
         )
         used = replace(opened, setup=replace(opened.setup, format=own_format))
     styles = [used.bare, *(used.styles if opened.config.prompts else ()), *further]
-    systems = []
+    systems, tallies = [], {}
     with open_asker(used, model, adapter) as asker:
         explorer = used.explorer(asker, seed)
         for style in styles:
             label = name if style is styles[0] else f"{name}[{style.name}]"
+            asker.tally = tallies[label] = AskTally()
             systems.append(play(label, explorer, questions.questions, style, folder / "answers" / label))
             means = systems[-1].means()
             say(f"{label}: recall {means['recall']:.3f}, AP {means['ap']:.3f}")
-        if asker.tally.failed:
-            say(
-                f"{name}: {asker.tally.failed} of {asker.tally.failed + asker.tally.answers} prompts got no answer "
-                f"({asker.tally.failure:.120}); their searches ended there"
-            )
-    return systems
+    return systems, tallies
 
 
 def _rules(names: Sequence[str]) -> dict[str, Any]:

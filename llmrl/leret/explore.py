@@ -175,11 +175,12 @@ class Explorer:
             asks = [self._ask(name, ends[i][s], questions, style) for name, (i, s) in now.items()]
             answers = self._ask_all(hop, asks, style, temperature, Path(folder) / f"hop-{hop}")
             # a prompt without an answer ends its search with what was found, as an empty query does
-            wanted = [(now[name], answer.query) for name, answer in sorted(answers.items()) if answer.query.strip()]
+            wanted = [(now[name], answer.query) for name, answer in sorted(answers.items())]
             hits = self._search([(ends[i][s], query) for (i, s), query in wanted])
             for ((i, s), query), found in zip(wanted, hits, strict=True):
-                ends[i][s] = extend(ends[i][s], query, found)
-            live = sorted(key for key, _ in wanted)
+                if query.strip():
+                    ends[i][s] = extend(ends[i][s], query, found)
+            live = sorted(key for key, query in wanted if query.strip())
         return ends
 
     def context(self, state: SearchState) -> tuple[str, ...]:
@@ -234,7 +235,9 @@ class Explorer:
     ) -> list[Candidate]:
         file = folder / "candidates.jsonl"
         barrier()
-        if not file.is_file():
+        if file.is_file():
+            self.asker.recount(folder)
+        else:
             candidates = self._candidates(hop, states, questions, styles, folder)
             if self.settings.returns != "greedy" and hop < self.settings.hops:
                 bare = next(style for style in styles if style.name == BARE)

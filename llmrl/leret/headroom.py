@@ -115,6 +115,7 @@ def headroom_table(report: Mapping[str, Any]) -> str:
         ("questions with a pair", _shown(report["questions_with_pair"])),
         ("best / mean / bare prompt", " / ".join(_shown(report[key]) for key in ("best", "mean", "bare"))),
         ("headroom over mean / over bare", " / ".join(_shown(report[key]) for key in ("headroom", "headroom_bare"))),
+        *_unanswered(report),
     ]
     wins = [
         (name, _shown(win["best"]), _shown(win["alone"]), _shown(report["axes"]["prompt"][name]["reward"]))
@@ -133,6 +134,17 @@ def headroom_table(report: Mapping[str, Any]) -> str:
             aligned_table(("axis", "mean reward", "no hit", "tried"), others),
         )
     )
+
+
+def _unanswered(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the row on prompts without an answer, where the report of a run counts them."""
+    failed = report.get("failed_prompts")
+    if failed is None:
+        return []
+    of = f" of {report['prompts']}" if "prompts" in report else ""
+    first = " ".join(report.get("first_failure", "").replace("|", "/").split())  # a cell of a table
+    why = f" ({first:.80})" if first else ""
+    return [("prompts without an answer", f"{failed}{of}{why}")]
 
 
 def _distinct(candidates: Sequence[Candidate]) -> float:

@@ -30,7 +30,8 @@ class HttpRetriever:
 
     Args:
         url: of the server, such as http://127.0.0.1:8893, or of its search path.
-        name: stands for the server's index in the fingerprint: change it when the index changes.
+        name: of the server's index. The fingerprint then holds it in the place of the URL, so the same index may move to
+            another address, and another index at the same address needs another name.
         corpus: where given, hits are matched to its passages by id, or else by title, and carry its ids and texts. What
             does not match stays under the server's id, and can be no gold document.
         timeout: seconds one answer may take.
@@ -46,7 +47,7 @@ class HttpRetriever:
         self,
         url: str,
         *,
-        name: str = "http",
+        name: str | None = None,
         corpus: Corpus | None = None,
         timeout: float = 30.0,
         retries: int = 4,
@@ -58,11 +59,10 @@ class HttpRetriever:
                 "expected timeout above 0, retries and backoff from 0, parallel from 1, got "
                 f"timeout={timeout}, retries={retries}, backoff={backoff}, parallel={parallel}"
             )
-        self.url, self.name = _search_url(url), name
+        self.url, self.name = _search_url(url), name or "http"
         self._corpus, self._retries, self._backoff = corpus, retries, backoff
-        self.fingerprint = fingerprint(
-            [{"kind": "http", "url": self.url, "name": name}, None if corpus is None else corpus.fingerprint]
-        )
+        index = {"kind": "http", "name": self.name} if name else {"kind": "http", "url": self.url, "name": "http"}
+        self.fingerprint = fingerprint([index, None if corpus is None else corpus.fingerprint])
         # a proxy for the outside world does not lead to servers of ours
         self._client = httpx.Client(timeout=timeout, trust_env=False, limits=httpx.Limits(max_connections=parallel))
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="llmrl-search")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmrl.base_model import is_adapter
 from llmrl.errors import UsageError
 from llmrl.files import resolve_reference
 from llmrl.leret.ask import Asker, EngineAsker, RuleAsker
 from llmrl.leret.corpus import Corpus, load_corpus
 from llmrl.leret.explore import Explorer, ExploreSettings
+from llmrl.leret.model_identity import check_base
 from llmrl.leret.options import PRESETS, LeretConfig
 from llmrl.leret.prompts import PromptFormat, PromptStyle, SearchSetup, load_setup, load_styles
 from llmrl.leret.questions import QuestionSet, load_questions
@@ -22,8 +23,15 @@ from llmrl.leret.rewards import reward_named
 from llmrl.leret.rules import RULES
 from llmrl.leret.search import Searcher
 from llmrl.leret.states import StateRule
+from llmrl.training.distributed import barrier, is_main_process
 
 Say = Callable[[str], None]
+
+
+def warn(text: str) -> None:
+    """Print on stderr, once for all processes and with --quiet too."""
+    if is_main_process():
+        print(f"llmrl: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,11 @@ def open_data(config: LeretConfig, say: Say) -> Opened:
     """Read the files and open the retriever; say what was left out.
 
     Raises:
-        UsageError: a file is not there.
+        UsageError: a file is not there; or --adapter was trained on another model than --model.
         DataError: an empty corpus, duplicate ids, no question whose gold documents are in the corpus.
     """
+    if config.adapter is not None and config.model is not None:
+        check_base(config.adapter, config.model)
     setup = _setup(config)
     corpus = load_corpus(config.passages)
     sets = []
@@ -125,18 +135,23 @@ def open_search(config: LeretConfig, corpus: Corpus) -> Retriever:
     slow = config.retriever != "bm25"
     if slow:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        if not is_main_process():
+            barrier()  # the main process embeds the corpus, the others read its file
     dense: dict[str, Any] = {"cache_dir": cache_dir}
     if config.retriever in ("dense", "hybrid"):
         from llmrl.encoder import default_encoder
 
         dense["encoder"] = config.encoder or default_encoder()
-    return open_retriever(
+    opened = open_retriever(
         config.retriever,
         corpus,
         cache=cache_dir / "searches.sqlite" if slow else None,
         dense=dense if slow else {},
-        http={"url": config.retriever_url},
+        http={"url": config.retriever_url, "name": config.retriever_name},
     )
+    if slow and is_main_process():
+        barrier()
+    return opened
 
 
 @contextmanager
@@ -162,25 +177,6 @@ def open_asker(opened: Opened, model: str | None = None, adapter: str | None = N
     ) as engine:
         fingerprint = f"{engine.version.fingerprint} {opened.corpus.fingerprint}"
         yield EngineAsker(engine, opened.setup.format, fingerprint, quiet=config.quiet)
-
-
-def model_and_adapter(path: str, base: str | None) -> tuple[str, str | None]:
-    """Return (model, adapter) of a folder that may hold either; the base of an adapter is `base`, or the one it names.
-
-    Raises:
-        UsageError: an adapter that names no base, and none is given.
-    """
-    resolved, local = resolve_reference(path, "model")
-    if not (local and is_adapter(resolved)):
-        return resolved, None
-    if base is None:
-        import json
-
-        config = json.loads((Path(resolved) / "adapter_config.json").read_text(encoding="utf-8"))
-        base = config.get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{path} is an adapter that names no base model: give --model too")
-    return base, resolved
 
 
 def _setup(config: LeretConfig) -> SearchSetup:

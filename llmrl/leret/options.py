@@ -59,6 +59,9 @@ class LeretConfig:
     retriever: str = option("bm25", choices=RETRIEVERS, help="what searches the corpus")
     encoder: str | None = option(None, help="of dense and hybrid: a folder, or a hub name (default: all-MiniLM-L6-v2)")
     retriever_url: str | None = option(None, help="of the http retriever, ColBERT-style JSON")
+    retriever_name: str | None = option(
+        None, help="of the index behind --retriever_url: a run knows it by this name and not by its URL"
+    )
     cache_dir: str | None = option(None, help="where searches and embeddings are kept (default: in --output_dir)")
     hops: int | None = option(None, help="searches a question (default: the model's own, or 2)")
     k: int | None = option(None, help="passages a search (default: the model's own, or 3)")
@@ -170,6 +173,8 @@ class LeretConfig:
             raise UsageError("missing --model: a folder, or a hub name; or --policy rules, which asks no model")
         if self.retriever == "http" and self.retriever_url is None:
             raise UsageError("--retriever http needs --retriever_url, e.g. http://127.0.0.1:8893/api/search")
+        if self.retriever_name is not None and (self.retriever != "http" or not self.retriever_name.strip()):
+            raise UsageError("--retriever_name is the name of an index of --retriever http: a word, or leave it out")
         if self.server_url and self.rollout_backend not in ("auto", "server"):
             raise UsageError(f"--server_url goes with --rollout_backend server, not with {self.rollout_backend}")
         if self.resume_from_checkpoint not in (None, "latest", "true"):
@@ -229,12 +234,13 @@ class LeretConfig:
 def given(config: LeretConfig) -> dict[str, Any]:
     """Return the options that describe the run itself: without folders, resources and what only changes the output.
 
-    Files of passages, questions and prompts are known by what they hold, not by where they lie.
+    Files of passages, questions and prompts are known by what they hold, not by where they lie, and so is a retriever.
     """
     left_out = {
         "output_dir", "overwrite", "quiet", "resume_from_checkpoint", "report_to", "cache_dir", "rollout_backend", "server_url",
         "batch_size", "micro_batch_size", "bootstrap_draws", "systems", "rules", "test_questions", "save_steps", "force",
         "gradient_checkpointing", "patience", "passages", "questions", "dev_questions", "prompts",
+        "encoder", "retriever_url", "retriever_name",
     }  # fmt: skip
     if config.partition == "full":  # a disjoint partition deals the questions by the number of rounds
         left_out.add("rounds")

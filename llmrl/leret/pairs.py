@@ -157,16 +157,15 @@ def group_pairs(group: Group, rule: PairRule) -> list[Pair]:
     ]
 
 
-def best_queries(groups: Iterable[Group], rule: PairRule, *, single_level: bool = False) -> list[Target]:
-    """Return the SFT target of each group, sorted by question, hop and state.
+def best_queries(groups: Iterable[Group], rule: PairRule) -> list[Target]:
+    """Return the SFT target of each group whose returns are not all equal, sorted by question, hop and state.
 
-    Of equally good queries the one with the fewest words is taken, then the first by text. In a state where everything was
-    found the target is the stop query, if there is one.
+    Where they are, nothing says which query is good. Of equally good queries the one with the fewest words is taken, then
+    the first by text. In a state where everything was found the target is the stop query, if there is one.
 
     Args:
         groups: of any number of questions and hops.
         rule: its filters and its stop query are used.
-        single_level: also take a target from a group whose returns are all equal, where nothing says which query is good.
     """
     targets = []
     for group in sorted(groups, key=lambda group: group.candidates[0].order[:3]):
@@ -174,7 +173,7 @@ def best_queries(groups: Iterable[Group], rule: PairRule, *, single_level: bool 
         if rule.stop_query is not None and group.all_found:
             stop = _stopping(group, queries, rule.stop_query)
             targets.append(Target(group.state, stop.text, stop.value))
-        elif queries and (single_level or len({query.value for query in queries}) > 1):
+        elif len({query.value for query in queries}) > 1:
             best = max(query.value for query in queries)
             taken = min((query for query in queries if query.value == best), key=_shortest)
             targets.append(Target(group.state, taken.text, taken.value))

@@ -15,11 +15,10 @@ PARTITIONS = ("disjoint", "full")
 
 @dataclass(frozen=True)
 class Slices:
-    """Ids of questions that pairs are built from, that few-shot examples are mined from, and that decide when to stop."""
+    """Ids of questions that pairs are built from, and that few-shot examples are mined from."""
 
     train: tuple[str, ...]
     few_shot: tuple[str, ...]
-    dev: tuple[str, ...]
 
 
 def partition_rounds(
@@ -48,26 +47,23 @@ def partition_rounds(
     return tuple(order[number::rounds] for number in range(rounds))
 
 
-def slice_questions(ids: Sequence[str], *, few_shot: int = 0, dev: int = 0, seed: int = 0) -> Slices:
-    """Set questions aside: three disjoint slices, the rest to train on.
+def slice_questions(ids: Sequence[str], *, few_shot: int = 0, seed: int = 0) -> Slices:
+    """Set questions aside, the rest to train on.
 
     Args:
         ids: of all questions, in any order.
         few_shot: questions that few-shot prompts are made from. Pairs of questions whose own best queries stand in the
             prompt would flatter that prompt.
-        dev: questions that decide when the rounds stop.
         seed: of the run.
 
     Raises:
         UsageError: nothing would be left to train on.
         DataError: an id is there twice.
     """
-    if few_shot < 0 or dev < 0 or few_shot + dev >= len(ids):
-        raise UsageError(
-            f"{few_shot} few-shot and {dev} dev questions of {len(ids)} leave nothing to train on: lower one of them"
-        )
+    if not 0 <= few_shot < len(ids):
+        raise UsageError(f"{few_shot} few-shot questions of {len(ids)} leave nothing to train on: lower their number")
     order = shuffled(ids, seed, "slice")
-    return Slices(order[few_shot + dev :], order[:few_shot], order[few_shot : few_shot + dev])
+    return Slices(order[few_shot:], order[:few_shot])
 
 
 def share_of(text: str) -> float:

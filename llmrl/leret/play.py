@@ -22,9 +22,10 @@ QUESTION, QUESTION_TOP, ORACLE = "question", "question-top", "oracle-rule"
 def play(
     name: str, explorer: Explorer, questions: Sequence[Question], style: PromptStyle, folder: Path | str
 ) -> System:
-    """Search for every question in one style, greedily; return the system's row."""
+    """Search for every question in one style, greedily; return the system's row, which may have found nothing."""
     by_id = {question.id: question for question in questions}
-    ends = explorer.follow([SearchState(question.id) for question in questions], by_id, style, folder)
+    with explorer.searcher.unwatched():
+        ends = explorer.follow([SearchState(question.id) for question in questions], by_id, style, folder)
     return _system(name, [found[0] for found in ends], by_id, explorer.settings.merge)
 
 
@@ -40,7 +41,7 @@ def baselines(
     """Return `question`, which asks the question on every hop, and `question-top`, its top k x hops in one search.
 
     Raises:
-        RetrieverError: most questions find nothing, so that no row of a report would mean anything.
+        NothingFoundError: most questions find nothing, so that no row of a report would mean anything.
     """
     every_hop = Searcher(retriever, k, unseen_only=unseen_only)
     at_once = Searcher(retriever, k * settings.hops)
@@ -49,8 +50,19 @@ def baselines(
         play(name, Explorer(_rule(_the_question), searcher, corpus, used), questions, PromptStyle("rule", ""), Path())
         for name, searcher, used in rows
     ]
-    every_hop.watch.finish()
+    check_row(systems[0], every_hop, questions)
     return systems
+
+
+def check_row(system: System, searcher: Searcher, questions: Sequence[Question]) -> None:
+    """Find out whose fault it is where a row found next to nothing: that of its queries, which it tells, or the retriever's.
+
+    Raises:
+        NothingFoundError: the questions as they stand find nothing either.
+    """
+    if system.mostly_empty:
+        searcher.search([(SearchState(question.id), question.text) for question in questions])
+        searcher.watch.finish()
 
 
 def rule_systems(

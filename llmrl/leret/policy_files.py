@@ -7,7 +7,6 @@ chat template, README.md. It is opened again by transformers or peft before it g
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from llmrl.base_model import ADAPTER_CONFIG, is_adapter, load_tokenizer, open_ca
 from llmrl.errors import LlmrlError, ModelError, UsageError
 from llmrl.files import publish_folder, resolve_reference, staging_folder
 from llmrl.fingerprints import fingerprint_template, fingerprint_tokenizer
+from llmrl.leret.model_identity import adapter_config, base_path, check_base
 from llmrl.leret.train_settings import TrainSettings
 from llmrl.training.run import write_model_card
 
@@ -61,16 +61,19 @@ def bare_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def open_policy(model: Any, settings: TrainSettings, tokenizer: Any = None) -> Policy:
+def open_policy(model: Any, settings: TrainSettings, tokenizer: Any = None, base: Path | str | None = None) -> Policy:
     """Open what is to be trained.
 
     Args:
         model: a folder (of a model or of a PEFT adapter), a hub name, or a model in memory, which is then changed.
         settings: `tuning`, `lora_*`, `dtype` and `seed` are read.
         tokenizer: of a model in memory; otherwise the folder's.
+        base: of the folder of an adapter: what it is opened on, and names as its base when it is saved again; None is the
+            base that it names.
 
     Raises:
-        UsageError: a path that is not there; an adapter with `tuning` "full"; a model in memory without a tokenizer.
+        UsageError: a path that is not there; an adapter with `tuning` "full", or trained on another model than `base`; a
+            model in memory without a tokenizer.
         ModelError: it cannot be loaded.
     """
     from transformers import set_seed
@@ -85,7 +88,7 @@ def open_policy(model: Any, settings: TrainSettings, tokenizer: Any = None) -> P
     else:
         path, local = resolve_reference(str(model), "model")
         path = str(Path(path).resolve()) if local else path  # an adapter keeps the path of its base
-        model, base_name, default = _load(path, settings)
+        model, base_name, default = _load(path, settings, None if base is None else base_path(base))
         tokenizer = tokenizer or load_tokenizer(default)
     bare = bare_model(model)
     other = next((str(c.peft_type) for c in getattr(model, "peft_config", {}).values() if c.peft_type != "LORA"), None)
@@ -197,22 +200,28 @@ def _reload_adapter(folder: Path, model: Any) -> dict[str, torch.Tensor]:
         model.delete_adapter(_CHECK)
 
 
-def _load(path: str, settings: TrainSettings) -> tuple[Any, str, str]:
-    """Return (model, name of its base, where its tokenizer is)."""
+def _load(path: str, settings: TrainSettings, given: str | None) -> tuple[Any, str, str]:
+    """Return (model, name of its base, where its tokenizer is); `given` is the base of an adapter."""
     if not is_adapter(path):
         return open_causal_lm(path, dtype=_dtype(settings), device="cpu"), path, path
     from peft import PeftModel
 
-    config = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
+    config = adapter_config(Path(path))
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if given is not None:
+        check_base(path, given)
+        revision = revision if base == given else None  # it is a revision of the base that is named
+        base = given
     if not base:
         raise ModelError(f"{path}/{ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
     shown = f"{base}, the base of the adapter {path}"
-    model = open_causal_lm(base, dtype=_dtype(settings), device="cpu", revision=config.get("revision"), shown_as=shown)
+    model = open_causal_lm(base, dtype=_dtype(settings), device="cpu", revision=revision, shown_as=shown)
     try:
         model = PeftModel.from_pretrained(model, path, is_trainable=True, use_safetensors=True)
     except Exception as error:
         raise ModelError(f"cannot load the adapter {path} onto {base}: {str(error).splitlines()[0]}") from error
+    for own in model.peft_config.values():
+        own.base_model_name_or_path, own.revision = base, revision
     has_own = (Path(path) / "tokenizer_config.json").is_file()
     return model, base, path if has_own else base
 

@@ -168,6 +168,7 @@ def train_preference(
     objective: Objective | None = None,
     reference: str = "sft",
     tokenizer: Any = None,
+    base: Path | str | None = None,
     facts: Mapping[str, Any] | None = None,
     resume: str | bool | None = None,
 ) -> TrainResult:
@@ -182,6 +183,7 @@ def train_preference(
         objective: see Objective; None is the paper's.
         reference: "sft", the model as it is given, or "base", with its adapter switched off.
         tokenizer: of a model in memory.
+        base: of the folder of an adapter; None is the base that it names.
         facts: for the model card: base, corpus, retriever, reward.
         resume: "latest", True or a checkpoint goes on from there; `model` must be what the run began with.
 
@@ -200,7 +202,7 @@ def train_preference(
         raise UsageError(f"reference: {reference!r} is not a choice{did_you_mean(reference, REFERENCES)}")
     output_dir = prepare_stage(output_dir, settings, resume)
     pairs = read_pairs(pairs) if isinstance(pairs, str | Path) else pairs
-    policy = open_policy(model, settings, tokenizer)
+    policy = open_policy(model, settings, tokenizer, base)
     rows, left_out, settings = choose_rows(pairs, policy, settings)
     _announce(objective, rows, settings.quiet)
     disable_dropout(policy.model)

@@ -150,7 +150,9 @@ def _sequences(row: SftRow | PairRow) -> tuple[tuple[int, ...], ...]:
 def _ids(row: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
     value = row.get(key)
     if not isinstance(value, list | tuple) or not value:
-        raise DataError(f"{where}: expected token ids in {key!r}, got {value!r:.60}")
+        text = value is None and ("chosen" in row or "completion" in row)
+        hint = "; rows of text alone, as --policy rules writes them, are for trl's trainers" if text else ""
+        raise DataError(f"{where}: expected token ids in {key!r}, got {value!r:.60}{hint}")
     for item in value:
         if not isinstance(item, int) or isinstance(item, bool) or item < 0:
             raise DataError(f"{where}: expected token ids (whole numbers from 0) in {key!r}, one is {item!r:.40}")

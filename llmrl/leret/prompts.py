@@ -37,9 +37,16 @@ class Demo(Record):
     query: str
     hop: int = 0
 
+    _error = ConfigError
+
     def __post_init__(self) -> None:
-        self._set(passages=tuple((str(title), str(text)) for title, text in self.passages))
-        self._need(bool(self.query.strip()), "query", "text")
+        self._need(isinstance(self.question, str), "question", "text")
+        self._need(
+            _is_list(self.passages) and all(map(_is_shown, self.passages)), "passages", "a list of [title, text]"
+        )
+        self._set(passages=tuple((title, text) for title, text in self.passages))
+        self._need(isinstance(self.query, str) and bool(self.query.strip()), "query", "text")
+        self._need_int("hop")
 
 
 @dataclass(frozen=True)
@@ -64,14 +71,28 @@ class PromptStyle(Record):
         self._need(isinstance(self.name, str) and bool(self.name.strip()), "name", "text")
         self._need("/" not in self.name and "|" not in self.name, "name", "text without / and |")
         self._need(isinstance(self.instruction, str), "instruction", "text")
+        self._need(_is_list(self.demos), "demos", "a list of worked examples")
         self._set(demos=tuple(demo if isinstance(demo, Demo) else Demo.from_json(demo) for demo in self.demos))
         if self.hops is not None:
-            self._set(hops=tuple(int(hop) for hop in self.hops))
-            self._need(all(hop >= 1 for hop in self.hops or ()), "hops", "numbers from 1")
+            self._need(_is_list(self.hops) and all(map(_is_hop, self.hops)), "hops", "numbers from 1")
+            self._set(hops=tuple(self.hops))
 
     def at(self, hop: int) -> bool:
         """Tell whether it is used at `hop`, counted from 1."""
         return self.hops is None or hop in self.hops
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_shown(passage: Any) -> bool:
+    """Tell a passage as a prompt shows it, (title, text), from anything else."""
+    return _is_list(passage) and len(passage) == 2 and all(isinstance(part, str) for part in passage)
+
+
+def _is_hop(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 DEFAULT_INSTRUCTION = (
@@ -107,8 +128,12 @@ class PromptFormat(Record):
 
     def __post_init__(self) -> None:
         self._need(isinstance(self.instruction, str), "instruction", "text")
-        self._need(self.passage_words is None or self.passage_words >= 0, "passage_words", "a number >= 0, or null")
+        self._need(self.system is None or isinstance(self.system, str), "system", "text, or null")
+        if self.passage_words is not None:
+            self._need_int("passage_words")
         self._need_int("max_tokens", 1)
+        self._need(_is_list(self.styles), "styles", "a list of styles")
+        self._need(isinstance(self.template_options, dict), "template_options", "names with values")
         styles = tuple(s if isinstance(s, PromptStyle) else PromptStyle.from_json(s) for s in self.styles)
         self._set(styles=styles, template_options=dict(self.template_options))
         names = [style.name for style in styles]
@@ -227,7 +252,7 @@ def load_styles(path: Path | str) -> tuple[PromptStyle, ...]:
     """Read styles from a JSON file: a list of objects with `name`, `instruction`, and optionally `demos` and `hops`.
 
     Raises:
-        ConfigError: not found, not JSON, or a style is not valid.
+        ConfigError: not found, not JSON, or a style is not valid; the message names the file and the style.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -238,9 +263,14 @@ def load_styles(path: Path | str) -> tuple[PromptStyle, ...]:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"{path}: expected a list of styles, each with a name and an instruction")
-    styles = tuple(PromptStyle.from_json(row) for row in rows)
+    styles = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            styles.append(PromptStyle.from_json(row))
+        except LlmrlError as error:
+            raise ConfigError(f"{path}: style {number}: {error}") from None
     names = [style.name for style in styles]
     twice = next((name for name in names if names.count(name) > 1 or name == BARE), None)
     if twice is not None:
         raise ConfigError(f"{path}: the name '{twice}' is taken; each style needs one of its own, other than 'bare'")
-    return styles
+    return tuple(styles)

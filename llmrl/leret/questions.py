@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmrl.errors import DataError
-from llmrl.jsonl import id_field, read_objects, text_field, text_list, write_objects
+from llmrl.jsonl import id_field, read_objects, text_field, text_list
 from llmrl.leret.corpus import Corpus, normalise_title, refuse_duplicates
 
 _NO_GOLD, _NOT_HERE = "no gold document named", "gold document not in the corpus"
@@ -138,11 +138,6 @@ def resolve_gold(questions: Iterable[Question], corpus: Corpus) -> QuestionSet:
     return QuestionSet(tuple(kept), tuple(excluded), corpus.fingerprint)
 
 
-def write_questions(path: Path | str, questions: Iterable[Question]) -> None:
-    """Write the rows that `load_questions` and `load_claims` read; claims become questions like any other."""
-    write_objects(path, (_row(question) for question in questions))
-
-
 def _question(row: dict[str, Any], where: str) -> Question:
     text = text_field(row, "question", where) or text_field(row, "claim", where)
     if not text.strip():
@@ -163,19 +158,6 @@ def _question(row: dict[str, Any], where: str) -> Question:
         gold_titles=text_list(row, "gold_titles", where),
         gold_ids=text_list(row, "gold_ids", where),
     )
-
-
-def _row(question: Question) -> dict[str, Any]:
-    row = {
-        "id": question.id,
-        "question": question.text,
-        "answers": list(question.answers),
-        "type": question.type,
-        "hops": question.hops,
-        "gold_titles": list(question.gold_titles),
-        "gold_ids": list(question.gold_ids),
-    }
-    return {key: value for key, value in row.items() if value not in (None, [])}
 
 
 def _named(excluded: Sequence[Excluded], shown: int = 5) -> str:

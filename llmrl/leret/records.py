@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from llmrl.errors import DataError
 from llmrl.jsonl import read_objects, write_objects
@@ -44,7 +44,6 @@ class Candidate(Record):
         ret: the return, what pairs are built on; the reward unless futures were sampled.
         finish: "stop", or "length" where the query was cut.
         stopped: the candidate is the stop action: it searched for nothing and ends the search.
-        prompt_token_ids: of the prompt it was sampled from, where an engine gave them.
         token_ids: of the completion, as the engine gave them.
     """
 
@@ -61,7 +60,6 @@ class Candidate(Record):
     ret: float | None = None
     finish: str = "stop"
     stopped: bool = False
-    prompt_token_ids: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -74,10 +72,17 @@ class Candidate(Record):
             if getattr(self, name) is None and name == "ret":
                 self._set(ret=self.reward)
             self._set(**{name: _finite(getattr(self, name), f"Candidate.{name}")})
-        for name in ("hits", "scores", "prompt_token_ids", "token_ids"):
+        for name in ("hits", "scores", "token_ids"):
             self._set(**{name: tuple(getattr(self, name))})
         self._need(len(self.hits) == len(self.scores), "hits", f"{len(self.scores)} passages, one a score")
         self._need(not (self.stopped and self.hits), "hits", "no passages of a stop action")
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Build the record from what `to_json` wrote; earlier files also hold `prompt_token_ids`, always empty."""
+        if isinstance(value, Mapping):
+            value = {key: of for key, of in value.items() if key != "prompt_token_ids"}
+        return super().from_json(value)
 
     @property
     def question_id(self) -> str:

@@ -19,10 +19,25 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     Args:
         report: of `report_json` or `report_seeds`.
     """
-    parts = [_what_was_asked(report), scores_table(report["systems"]), hops_table(report["systems"])]
+    parts = [_what_was_asked(report), *warnings(report), scores_table(report["systems"]), hops_table(report["systems"])]
     if report["paired"]:
         parts += [paired_table(report["paired"]), "\n".join(f"- {line}" for line in sentences(report))]
     return "\n\n".join(parts) + "\n"
+
+
+def warnings(report: Mapping[str, Any]) -> list[str]:
+    """Say which rows do not mean what they seem to: prompts without an answer, and rows that mostly found nothing."""
+    lines = [
+        f"{name}: {of['failed']} of {of['prompts']} prompts got no answer ({of['first']:.120}); their searches ended there"
+        for name, of in report.get("failed_prompts", {}).items()
+        if of["failed"]
+    ]
+    for name, found in report["systems"].items():
+        if found.get("mostly_empty"):
+            never = f", no query for {found['never_searched']} questions" if found["never_searched"] else ""
+            searches = f"{_share(found['empty'])} of {found['searches']} searches found nothing{never}"
+            lines.append(f"{name}: {searches}: this row says what it misses, and not how well it searches")
+    return lines
 
 
 def scores_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
@@ -91,7 +106,8 @@ def _is_best(systems: Mapping[str, Mapping[str, Any]], name: str, metric: str) -
 
 def markdown_cell(score: Mapping[str, Any], best: bool = False, *, sign: bool = False) -> str:
     """Return a score with its interval, and its spread over training seeds where it has one; `sign` for differences."""
-    spread = f" ±{_number(score['sd'])}" if score.get("sd") else ""
+    shown = _number(score.get("sd"))
+    spread = f" ±{shown}" if shown not in ("-", _number(0.0)) else ""
     value = f"{_number(score['value'], sign=sign)}{'*' if best else ''}{spread}"
     if score["low"] is None:
         return value

@@ -24,6 +24,10 @@ class RetrieverError(LlmrlError):
     """A retriever failed, returned what is not an answer, or found nothing most of the time."""
 
 
+class NothingFoundError(RetrieverError):
+    """Most searches came back empty: the retriever, or who writes the queries, is at fault."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hit:
     """One retrieved passage; a higher score is better, and scores of two queries or two retrievers do not compare."""
@@ -77,7 +81,6 @@ def retrieve(
     k: int,
     *,
     seen: Sequence[Collection[str]] | None = None,
-    watch: EmptyWatch | None = None,
 ) -> list[list[Hit]]:
     """Search with every check.
 
@@ -86,7 +89,6 @@ def retrieve(
         queries: a batch; may be empty.
         k: hits a query at most; may exceed the corpus.
         seen: for each query ids that must not come back ("unseen passages only"); k others take their place.
-        watch: counts empty answers and stops the run when they are most.
 
     Returns:
         For each query at most k hits, best first, no id twice.
@@ -108,8 +110,6 @@ def retrieve(
         found = _ask(retriever, [queries[i] for i in rows], depth)
         for i, hits in zip(rows, found, strict=True):
             results[i] = _checked(retriever, queries[i], hits, without[i])[:k]
-    if watch is not None:
-        watch.record(retriever.name, queries, results)
     return results
 
 
@@ -163,6 +163,8 @@ def _checked(retriever: Retriever, query: str, hits: Sequence[Hit], without: Col
 class EmptyWatch:
     """Stops a run when most searches come back empty, for such a run trains on nothing.
 
+    Every call counts, one with a query that was asked before too: a model that always writes the same empty query is seen.
+
     Args:
         share: of the last `calls` searches, how many may be empty; more of them raise.
         calls: searches to look back on; with fewer made, nothing is said before `finish`.
@@ -182,7 +184,7 @@ class EmptyWatch:
         """Count a batch.
 
         Raises:
-            RetrieverError: more than `share` of the last `calls` searches were empty.
+            NothingFoundError: more than `share` of the last `calls` searches were empty.
         """
         with self._lock:
             self._name = name
@@ -200,7 +202,7 @@ class EmptyWatch:
         """Look at a run that made fewer searches than `calls`.
 
         Raises:
-            RetrieverError: more than `share` of them were empty.
+            NothingFoundError: more than `share` of them were empty.
         """
         with self._lock:
             self._stop_if_most_are_empty()
@@ -209,7 +211,7 @@ class EmptyWatch:
         recent, empty = len(self._recent), sum(self._recent)
         if recent and empty > self.share * recent:
             examples = ", ".join(f"{query!r:.60}" for query in self._examples)
-            raise RetrieverError(
+            raise NothingFoundError(
                 f"{empty} of the last {recent} searches with {self._name} came back empty ({self.empty} of {self.total} in "
                 f"all, {self.blank_queries} of them with a blank query), such as {examples}\n"
                 "check that the retriever holds the right passages and that the model writes queries"

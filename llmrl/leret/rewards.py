@@ -175,27 +175,6 @@ def reward_named(name: str) -> Reward:
     return REWARDS[name]
 
 
-def with_redundancy_penalty(reward: Reward, weight: float) -> Reward:
-    """Return `reward` minus `weight` times the share of the query's hits that the context held already.
-
-    Args:
-        reward: the reward to lower.
-        weight: at least 0; subtracted in full from a query that brings only passages known before.
-
-    Raises:
-        UsageError: the weight is negative or not finite.
-    """
-    if not (math.isfinite(weight) and weight >= 0):
-        raise UsageError(f"the weight of the redundancy penalty must be a number of at least 0, got {weight}")
-
-    def penalised(ranked: Sequence[str], gold: Gold, **seen: Any) -> float:
-        hits, known = seen.get("hits", ()), frozenset(seen.get("before", ()))
-        repeated = sum(passage in known for passage in hits) / len(hits) if hits else 0.0
-        return reward(ranked, gold, **seen) - weight * repeated
-
-    return penalised
-
-
 # --- of the answer ----------------------------------------------------------------------------------------------------
 
 

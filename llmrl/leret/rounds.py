@@ -30,19 +30,22 @@ from llmrl.leret.evaluate import report_json
 from llmrl.leret.explore import Explorer
 from llmrl.leret.export import PAIRS_FILE, SFT_FILE, write_rows
 from llmrl.leret.headroom import headroom, headroom_table, refuse_reason
-from llmrl.leret.opening import Opened, Say, model_and_adapter, open_asker
+from llmrl.leret.model_identity import model_and_adapter
+from llmrl.leret.opening import Opened, Say, open_asker, warn
 from llmrl.leret.options import LeretConfig
 from llmrl.leret.pairs import PairRule
 from llmrl.leret.partitions import partition_rounds, shuffled, slice_questions
-from llmrl.leret.play import play
+from llmrl.leret.play import check_row, play
 from llmrl.leret.preference_data import read_pairs, read_sft_rows
-from llmrl.leret.prompts import ECHO_HEADERS, PromptStyle
+from llmrl.leret.prompts import ECHO_HEADERS, PromptStyle, load_setup
 from llmrl.leret.questions import Question
+from llmrl.leret.report import warnings
+from llmrl.leret.retriever import NothingFoundError
 from llmrl.leret.train_settings import TrainSettings
 from llmrl.rollout.seeds import derive_seed
-from llmrl.training.distributed import barrier, is_main_process
+from llmrl.training.distributed import barrier, is_main_process, world_size
 
-POLICY, STYLES_FILE = "policy", "styles.json"
+POLICY, STYLES_FILE, ROUND = "policy", "styles.json", "round"
 _SEED_RANGE = 2**31  # of what torch and numpy take
 
 
@@ -95,7 +98,9 @@ def explore_round(opened: Opened, number: int, learner: Learner, folder: Path, s
         if is_main_process():
             render, options = _render(opened, explorer, questions), opened.setup.format.template_options
             counts = write_rows(folder, groups, rule, render, tokenizer, options)
-            report = {**report, "rows": counts, "failed_prompts": asker.tally.failed, **opened.facts()}
+            tally = asker.tally
+            answered = {"prompts": tally.prompts, "failed_prompts": tally.failed, "first_failure": tally.failure}
+            report = {**report, "rows": counts, **answered, **opened.facts()}
             seconds = {
                 "start": opening,
                 "generation": asker.tally.seconds,
@@ -110,6 +115,8 @@ def explore_round(opened: Opened, number: int, learner: Learner, folder: Path, s
             write_text(folder / "headroom.md", headroom_table(report) + "\n")
             write_json(report_file, report)
             say(summary_line(seconds, asker.tally, explorer.searcher.searches))
+            if tally.failed:
+                warn(f"round {number}: {tally.failures()}; nothing was explored there")
     barrier()
     return report
 
@@ -134,13 +141,15 @@ def train_round(opened: Opened, number: int, learner: Learner, folder: Path, say
     from llmrl.leret.sft import train_sft
 
     config = opened.config
-    facts = {"base": str(config.model), **opened.facts(), "round": str(number)}
+    base = str(learner.model if learner.adapter else config.model)
+    facts = {"base": base, **opened.facts(), ROUND: str(number)}
     now = learner
     if config.sft_epochs:
         rows = read_sft_rows(folder / SFT_FILE)
         settings = stage_settings(config, "sft", len(rows), number)
         result = _stage(folder / "sft", lambda resume: train_sft(
             now.adapter or now.model, rows, folder / "sft", settings=settings, facts=facts, resume=resume,
+            base=now.model if now.adapter else None,
         ), say)  # fmt: skip
         now = _learned(opened, now, result, config.tuning)
     if config.epochs:
@@ -149,7 +158,7 @@ def train_round(opened: Opened, number: int, learner: Learner, folder: Path, say
         before, objective = now, Objective(str(config.loss), float(config.beta or 0), str(config.ipo_reduction))
         result = _stage(folder / "preference", lambda resume: train_preference(
             before.adapter or before.model, pairs, folder / "preference", settings=settings, objective=objective,
-            reference=config.reference, facts=facts, resume=resume,
+            reference=config.reference, facts=facts, resume=resume, base=before.model if before.adapter else None,
         ), say)  # fmt: skip
         now = _learned(opened, now, result, config.tuning)
     if now is learner:
@@ -162,15 +171,22 @@ def run_rounds(opened: Opened, output_dir: Path, say: Say) -> Path:
 
     Raises:
         DataError: there is nothing to learn; the headroom report says why. `force` trains all the same.
+        NothingFoundError: most searches of the first round come back empty; a later round ends the rounds.
     """
     config = opened.config
     learner = first_learner(opened)
     start = top = _dev_recall(opened, learner, output_dir / "dev-start.json", "before training", say)
-    best: tuple[Learner, float | None] | None = None
+    best: tuple[Learner, float | None, int] | None = None
     waited = 0
     for number in range(config.rounds):
         folder = output_dir / f"round-{number}"
-        report = explore_round(opened, number, learner, folder, say)
+        try:
+            report = explore_round(opened, number, learner, folder, say)
+        except NothingFoundError as error:
+            if best is None:
+                raise
+            warn(f"round {number}: {error}\nstopped: the policy is that of the rounds before")
+            break
         say(headroom_table(report))
         reason = refuse_reason(report)
         if reason and not config.force:
@@ -181,7 +197,7 @@ def run_rounds(opened: Opened, output_dir: Path, say: Say) -> Path:
         learner = train_round(opened, number, learner, folder, say)
         found = _dev_recall(opened, learner, folder / "dev.json", f"round {number}", say)
         if found is None or best is None or best[1] is None or found > best[1]:
-            best = (learner, found)
+            best = (learner, found, number)
         if found is None or top is None:
             continue
         waited = 0 if found > top else waited + 1
@@ -237,16 +253,26 @@ def _render(opened: Opened, explorer: Explorer, questions: Sequence[Question]) -
 
 
 def stage_settings(config: LeretConfig, stage: str, rows: int, number: int) -> TrainSettings:
-    """Return how "sft" or "preference" of a round is trained on so many rows."""
+    """Return how "sft" or "preference" of a round is trained on so many rows.
+
+    A batch is no larger than the rows, and a multiple of the number of processes, which share it.
+
+    Raises:
+        UsageError: fewer rows than processes.
+    """
     said: dict[str, Any] = to_flat(config)
     prefix = "sft_" if stage == "sft" else ""
     same = (
         "micro_batch_size", "optimizer", "warmup_steps", "max_grad_norm", "tuning", "lora_r", "lora_alpha",
         "gradient_checkpointing", "save_steps", "report_to", "quiet",
     )  # fmt: skip
+    processes, wanted = world_size(), said["sft_batch_size" if prefix else "train_batch_size"]
+    size = min(wanted, rows) // processes * processes
+    if rows and not size:
+        raise UsageError(f"{stage}: batches of {min(wanted, rows)} rows for {processes} processes: start fewer of them")
     return TrainSettings(
         learning_rate=said[f"{prefix}lr"],
-        batch_size=min(said["sft_batch_size" if prefix else "train_batch_size"], rows),
+        batch_size=size,
         epochs=said[f"{prefix}epochs"],
         seed=derive_seed(config.seed, "round", number, stage) % _SEED_RANGE,
         long_rows="drop",  # one prompt above the context must not end a run; the number left out is said
@@ -280,9 +306,14 @@ def _dev_recall(opened: Opened, learner: Learner, file: Path, what: str, say: Sa
         with open_asker(opened, learner.model, learner.adapter) as asker:
             explorer = opened.explorer(asker, derive_seed(opened.config.seed, "dev"))
             system = play(what, explorer, opened.dev.questions, opened.bare, file.with_suffix(""))
-            explorer.searcher.watch.finish()
+            check_row(system, explorer.searcher, opened.dev.questions)
+        facts = {**opened.facts(), "failed_prompts": {what: asker.tally.to_json()}}
+        report = report_json([system], [], facts=facts)
+        for line in warnings(report):
+            warn(f"dev, {line}")
         if is_main_process():
-            write_json(file, {**report_json([system], [])["systems"][what], **opened.facts()})
+            found = report["systems"][what]
+            write_json(file, {**found, "failed_prompts": asker.tally.failed, **opened.facts()})
         barrier()
     scores = json.loads(file.read_text(encoding="utf-8"))
     recall, ap, both = (scores[metric]["value"] for metric in ("recall", "ap", "both"))
@@ -290,11 +321,19 @@ def _dev_recall(opened: Opened, learner: Learner, file: Path, what: str, say: Sa
     return float(recall)
 
 
-def _publish(opened: Opened, best: Learner, recall: float | None, output_dir: Path) -> Path:
+def published_round(policy: Path) -> int:
+    """Return the number of the round that a published policy comes from, 0 where its search prompt does not say."""
+    setup = load_setup(policy)
+    return int(setup.notes.get(ROUND, 0)) if setup is not None else 0
+
+
+def _publish(opened: Opened, best: Learner, recall: float | None, number: int, output_dir: Path) -> Path:
     """Copy the best round's result to policy/, whole, with the prompt it was trained with."""
     final = output_dir / POLICY
     if is_main_process():
-        notes = {**opened.facts(), **({"dev_recall": f"{recall:.4f}"} if recall is not None else {})}
+        notes = {**opened.facts(), ROUND: str(number)}
+        if recall is not None:
+            notes["dev_recall"] = f"{recall:.4f}"
         with staging_folder(final) as staging:
             shutil.copytree(str(best.adapter or best.model), staging, dirs_exist_ok=True)
             replace(opened.setup, notes=notes).save(staging)

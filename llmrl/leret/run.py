@@ -13,18 +13,33 @@ from llmrl.config import to_flat
 from llmrl.errors import UsageError
 from llmrl.leret.evaluation import BASE, POLICY, evaluate, systems_of
 from llmrl.leret.headroom import headroom_table, refuse_reason
-from llmrl.leret.opening import Opened, Say, model_and_adapter, open_data
+from llmrl.leret.model_identity import model_and_adapter
+from llmrl.leret.opening import Opened, Say, open_data
 from llmrl.leret.options import LeretConfig
 from llmrl.leret.prompts import PromptStyle
+from llmrl.leret.questions import QuestionSet
 from llmrl.leret.records import Candidate, group_candidates, read_records
-from llmrl.leret.rounds import STYLES_FILE, explore_round, first_learner, run_rounds
-from llmrl.leret.run_folder import RUN_FILE, claimed_folder, identity
+from llmrl.leret.rounds import STYLES_FILE, explore_round, first_learner, published_round, run_rounds
+from llmrl.leret.run_folder import (
+    RUN_FILE,
+    claim_part,
+    claimed_folder,
+    identity,
+    questions_fingerprint,
+    systems_identity,
+)
 from llmrl.training.distributed import check_processes, is_main_process, join_processes
 from llmrl.training.run import write_run_files
 from llmrl.training.tracking import check_tracker
 from llmrl.vllm_compat import check_versions
 
-EVAL_FILE = "leret_eval.json"
+EVAL_FILE, TEST = "leret_eval.json", "test"
+# where an action counts the prompts that got no answer
+_COUNTS = {
+    "explore": ("round-0/headroom.json",),
+    "train": ("round-*/headroom.json", "dev-start.json", "round-*/dev.json", f"{TEST}/report.json"),
+    "eval": ("report.json",),
+}
 _PATIENCE = timedelta(days=30)  # of one process for the answers of another
 
 
@@ -44,7 +59,7 @@ def train(config: LeretConfig) -> dict[str, Any] | None:
     """Explore and train in rounds; return the report on --test_questions, None without them."""
     if config.policy == "rules":
         raise UsageError(
-            "--policy rules has no model to train; llmrl leret explore writes pairs that any model can learn from"
+            "--policy rules has no model to train; llmrl leret explore writes pairs as text, which trl's trainers read"
         )
     if not (config.sft_epochs or config.epochs):
         raise UsageError("nothing to train: --sft_epochs and --epochs are both 0")
@@ -56,15 +71,35 @@ def train(config: LeretConfig) -> dict[str, Any] | None:
         final = run_rounds(opened, folder, say)
         _plots(folder)
         say(f"policy: {final}")
-        if opened.test is None:
-            return None
-        start = first_learner(opened)
-        base = str(start.model)
-        models = [(POLICY, *model_and_adapter(str(final), base)), (BASE, base, start.adapter)]
-        sft = folder / "round-0" / "sft" / "final"
-        if sft.is_dir() and config.epochs:
-            models.append(("sft", *model_and_adapter(str(sft), base)))
-        return evaluate(opened, opened.test, models, folder / "test", say, further={BASE: _few_shot(folder)})
+        return None if opened.test is None else _test(opened, opened.test, Path(final), folder, say)
+
+
+def _test(opened: Opened, questions: QuestionSet, policy: Path, folder: Path, say: Say) -> dict[str, Any]:
+    """Report on the policy, the model before training and the supervised stage of the policy's round."""
+    start = first_learner(opened)
+    base = str(start.model)
+    models = [(POLICY, *model_and_adapter(str(policy), base)), (BASE, base, start.adapter)]
+    sft = folder / f"round-{published_round(policy)}" / "sft" / "final"
+    if sft.is_dir() and opened.config.epochs:
+        models.append(("sft", *model_and_adapter(str(sft), base)))
+    # a run that goes on may have another policy by now, or be asked about other questions
+    claim_part(folder / TEST, {"models": systems_identity(models), "questions": questions_fingerprint(questions)})
+    return evaluate(opened, questions, models, folder / TEST, say, further={BASE: _few_shot(folder)})
+
+
+def failed_prompts(action: str, output_dir: Path | str) -> int:
+    """Return how many prompts got no answer, as the files that an action left say.
+
+    Args:
+        action: explore, train or eval.
+        output_dir: of the run.
+    """
+    failed = 0
+    for pattern in _COUNTS[action]:
+        for file in sorted(Path(output_dir).expanduser().glob(pattern)):
+            said = json.loads(file.read_text(encoding="utf-8")).get("failed_prompts", 0)
+            failed += said if isinstance(said, int) else sum(of["failed"] for of in said.values())
+    return failed
 
 
 def _few_shot(folder: Path) -> list[PromptStyle]:
@@ -78,7 +113,7 @@ def evaluate_policy(config: LeretConfig) -> dict[str, Any]:
     """Evaluate on --questions; return the report, which is also written to `output_dir/report.json`."""
     opened, say = _begin(config)
     models = systems_of(opened)
-    what = {**identity(opened), "models": [list(row) for row in models], "eval": True}
+    what = {**identity(opened), "models": systems_identity(models), "eval": True}
     with claimed_folder(str(config.output_dir), what, overwrite=config.overwrite, file=EVAL_FILE) as folder:
         _describe(config, folder)
         return evaluate(opened, opened.questions, models, folder, say)

@@ -32,6 +32,7 @@ def train_sft(
     *,
     settings: TrainSettings | None = None,
     tokenizer: Any = None,
+    base: Path | str | None = None,
     facts: Mapping[str, Any] | None = None,
     resume: str | bool | None = None,
 ) -> TrainResult:
@@ -43,6 +44,7 @@ def train_sft(
         output_dir: gets checkpoints, metrics.jsonl, and at the end `final/`.
         settings: see TrainSettings; None is its defaults.
         tokenizer: of a model in memory.
+        base: of the folder of an adapter; None is the base that it names.
         facts: for the model card: base, corpus, retriever, reward.
         resume: "latest", True or a checkpoint goes on from there; None starts anew.
 
@@ -66,7 +68,7 @@ def train_sft(
     settings = settings or TrainSettings()
     output_dir = prepare_stage(output_dir, settings, resume)
     rows = read_sft_rows(rows) if isinstance(rows, str | Path) else rows
-    policy = open_policy(model, settings, tokenizer)
+    policy = open_policy(model, settings, tokenizer, base)
     kept, left_out, settings = choose_rows(rows, policy, settings)
     if settings.quiet:
         disable_progress_bars()

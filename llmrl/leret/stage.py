@@ -200,6 +200,8 @@ def choose_rows(rows: Sequence[Row], policy: Policy, settings: TrainSettings) ->
         settings = replace(settings, batch_size=len(kept) // world_size() * world_size())
     steps = steps_of(settings, len(kept))
     if is_main_process():
+        if not settings.quiet:
+            print(batches_line(settings, len(kept), steps), flush=True)
         if left_out:
             logger.warning("%s", left_out)
         if settings.warmup_steps >= steps:
@@ -209,6 +211,13 @@ def choose_rows(rows: Sequence[Row], policy: Policy, settings: TrainSettings) ->
                 steps,
             )
     return kept, left_out, settings
+
+
+def batches_line(settings: TrainSettings, rows: int, steps: int) -> str:
+    """Return what a run over the rows is: its steps, and what whole batches leave out of each pass over the rows."""
+    rest = rows % settings.batch_size
+    left_out = f"; each epoch leaves out another {rest} of them, for batches are whole" if rest else ""
+    return f"{rows} rows, {steps} steps of {settings.batch_size}{left_out}"
 
 
 def silence(trainer: Any) -> None:

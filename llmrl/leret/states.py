@@ -26,7 +26,6 @@ from llmrl.leret.records import Candidate, level
 from llmrl.rollout.seeds import derive_seed
 
 STATE_RULES = ("bucket", "top1", "softmax", "beam")
-VALUES = ("ap", "recall", "reward")
 BEST_BONUS = 0.5
 
 
@@ -36,22 +35,19 @@ class StateRule:
 
     Args:
         name: one of STATE_RULES.
-        value: what a context is worth to the rule, one of VALUES.
         temperature: of softmax, above 0.
         beam: contexts a question of beam, at least 1.
         keep_solved: also hand over one solved context.
     """
 
     name: str = "bucket"
-    value: str = "ap"
     temperature: float = 0.25
     beam: int = 2
     keep_solved: bool = False
 
     def __post_init__(self) -> None:
-        for word, valid, what in ((self.name, STATE_RULES, "state rule"), (self.value, VALUES, "value of a state")):
-            if word not in valid:
-                raise UsageError(f"unknown {what} '{word}'{did_you_mean(word, valid)}")
+        if self.name not in STATE_RULES:
+            raise UsageError(f"unknown state rule '{self.name}'{did_you_mean(self.name, STATE_RULES)}")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UsageError(f"the temperature of the softmax rule must be above 0, got {self.temperature}")
         if self.beam < 1:
@@ -100,7 +96,7 @@ def probabilities(candidates: Sequence[Candidate], rule: StateRule) -> list[floa
 
     They sum to 1 (beam: to the number of contexts chosen), or to 0 where every candidate is solved or stopped.
     """
-    values = {i: _value(c, rule) for i, c in enumerate(candidates) if _is_open(c)}
+    values = {i: level(c.ap) for i, c in enumerate(candidates) if _is_open(c)}
     shares = dict.fromkeys(range(len(candidates)), 0.0)
     if not values:
         return list(shares.values())
@@ -113,18 +109,13 @@ def probabilities(candidates: Sequence[Candidate], rule: StateRule) -> list[floa
         shares |= _normalised({i: float(value == best) for i, value in values.items()})
     else:
         sizes = {value: list(values.values()).count(value) for value in values.values()}
-        # a gain can be below 0; such a bucket weighs nothing, like one of AP 0
-        weight = {value: max(value, 0.0) + BEST_BONUS * (value == best) for value in sizes}
+        weight = {value: value + BEST_BONUS * (value == best) for value in sizes}
         shares |= _normalised({i: weight[value] / sizes[value] for i, value in values.items()})
     return list(shares.values())
 
 
 def _is_open(candidate: Candidate) -> bool:
     return not is_solved(candidate) and not candidate.stopped
-
-
-def _value(candidate: Candidate, rule: StateRule) -> float:
-    return level(getattr(candidate, rule.value))
 
 
 def _normalised(weights: dict[int, float]) -> dict[int, float]:
@@ -156,7 +147,7 @@ def _beam_shares(candidates: Sequence[Candidate], values: dict[int, float], beam
 
 
 def _beam(ordered: Sequence[Candidate], rule: StateRule, rng: random.Random) -> tuple[Candidate, ...]:
-    values = {i: _value(c, rule) for i, c in enumerate(ordered) if _is_open(c)}
+    values = {i: level(c.ap) for i, c in enumerate(ordered) if _is_open(c)}
     drawn = [members[int(rng.random() * len(members))] for members in _contexts(ordered, values).values()]
     # a random number beside each value breaks ties without favouring whoever comes first in the alphabet
     ranked = sorted(drawn, key=lambda i: (-values[i], rng.random()))

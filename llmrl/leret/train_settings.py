@@ -98,15 +98,6 @@ class TrainSettings:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-# arXiv 2410.23214, its released code: full float32 weights, RMSprop, 150 warm-up steps, then a flat rate
-_PAPER: dict[str, Any] = {
-    "learning_rate": 1e-7, "optimizer": "rmsprop", "warmup_steps": 150, "max_grad_norm": 10.0, "tuning": "full",
-    "max_length": 2048,
-}  # fmt: skip
-PAPER_SFT = TrainSettings(**_PAPER, epochs=1, batch_size=8)
-PAPER_PREFERENCE = TrainSettings(**_PAPER, epochs=2, batch_size=4)
-
-
 def steps_of(settings: TrainSettings, rows: int) -> int:
     """Return the number of steps of a run over `rows` rows.
 

@@ -12,7 +12,7 @@ from llmrl.base_model import check_model_folder, load_tokenizer
 from llmrl.errors import ModelError
 from llmrl.files import resolve_reference
 from llmrl.fingerprints import fingerprint_weights
-from llmrl.heads import HEADS_FILE
+from llmrl.heads import CONFIG_KEY, HEADS_FILE
 from llmrl.modeling import local_folder, read_heads_config
 
 _NO_LIMIT = 1 << 20
@@ -83,7 +83,8 @@ def _cached_numbers(config: Any) -> int:
 def _fingerprint(folder: Path) -> str:
     """Return a name for the weights; those of a folder with heads are its base's and the heads together."""
     heads = folder / HEADS_FILE
-    if not heads.is_file():
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not heads.is_file() or CONFIG_KEY not in config:  # a reward ensemble's file lies beside a plain checkpoint, too
         return fingerprint_weights(folder).removeprefix("sha256:")[:32]
     base = read_heads_config(folder).base.weights
     return hashlib.sha256(base.encode() + heads.read_bytes()).hexdigest()[:32]

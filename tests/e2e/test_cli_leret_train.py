@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,47 @@ def test_explore_and_then_train_is_train(trained, llmrl, read_json, tmp_path):
     again = llmrl(*words)  # finished answers are kept, and the report is the same
     assert again.code == 0
     assert read_json(tmp_path / "eval" / "report.json") == report
+
+
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+def test_a_finished_run_takes_further_rounds_and_other_test_questions(
+    trained, llmrl, read_json, search_files, tmp_path
+):
+    """The final report is of the policy and the questions of now, whatever was answered for those of before."""
+    _, file, folder, _ = trained
+    out = shutil.copytree(folder, tmp_path / "out")
+    asked = [json.loads(line) for line in (search_files / "test.jsonl").read_text().splitlines()]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked[:2]))
+    words = ["leret", "train", "--config", file, "--output_dir", out, "--test_questions", tmp_path / "other.jsonl"]
+    ended = llmrl(*words, "--rounds", "2", "--patience", "2", "--epochs", "3")
+    assert ended.code == 0, ended.err
+    assert (out / "round-1" / "preference" / "final").is_dir()
+    report = read_json(out / "test" / "report.json")
+    assert report["questions"] == 2
+    best = json.loads((out / "policy" / "search_prompt.json").read_text())["notes"]["round"]
+    dev = [read_json(out / f"round-{number}" / "dev.json")["recall"]["value"] for number in (0, 1)]
+    assert best == str(dev.index(max(dev)))
+
+
+def test_prompts_that_fail_end_with_exit_code_3_and_are_named_though_quiet(
+    llmrl, config, trained, search_files, tmp_path
+):
+    tuning, _, folder, _ = trained
+    rows = [json.loads(line) for line in (search_files / "test.jsonl").read_text().splitlines()]
+    rows[0]["question"] += " And who was it that built it there?" * 12
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = config(tuning, max_model_len=200, few_shot_prompts=0)
+    words = ["--config", file, "--questions", tmp_path / "long.jsonl", "--quiet"]
+    policy = ["--model", folder / "policy"] if tuning == "full" else ["--adapter", folder / "policy"]
+    ended = llmrl("leret", "eval", *words, *policy, "--output_dir", tmp_path / "eval")
+    assert ended.code == 3
+    assert ended.out == ""
+    assert re.match(r"llmrl: policy: 1 of \d prompts got no answer \(", ended.err)
+    assert "prompts got no answer" in (tmp_path / "eval" / "report.md").read_text()
+    ended = llmrl("leret", "explore", *words, "--output_dir", tmp_path / "explore")
+    assert ended.code == 3
+    assert re.match(r"llmrl: round 0: \d of \d+ prompts got no answer \(", ended.err)
+    assert "prompts without an answer" in (tmp_path / "explore" / "round-0" / "headroom.md").read_text()
 
 
 def run_in_child(argv, log):

@@ -2,7 +2,8 @@
 
     run(output_dir, model="scripted" | "tiny_lm", ranks=1 | 2, kill=N, questions=[...])    exit code; log.txt has the output
 
-The process with the highest rank kills itself when it is asked for its N-th query of hop 2.
+The process with the highest rank kills itself when it is asked for its N-th query of hop 2. searched-RANK.json holds what
+each process searched for.
 """
 
 import functools
@@ -43,7 +44,7 @@ def run(output_dir, **options):
 
 
 def explore(options):
-    from explore_world import BARE, CORPUS, QUESTIONS, TINY_LM, engine, explorer, style
+    from explore_world import BARE, CORPUS, QUESTIONS, TINY_LM, ChainRetriever, engine, explorer, style
 
     from llmrl.leret.export import write_rows
     from llmrl.leret.pairs import PairRule
@@ -61,10 +62,13 @@ def explore(options):
         answers = open_engine(str(TINY_LM), rollout_backend="transformers", dtype="float32", batch_size=4)
         styles, settings = [format_.bare, style("search")], {"question_first": True, "merge": "rrf"}
     with answers:
-        made = explorer(answers, prompts=format_, samples=2, temperatures=(0.0, 0.8), **settings)
+        searched = ChainRetriever()
+        made = explorer(answers, prompts=format_, samples=2, temperatures=(0.0, 0.8), retriever=searched, **settings)
         questions = [QUESTIONS[i] for i in options["questions"]]
         groups = made.explore(questions, styles, options["output_dir"])
         texts = {question.id: question.text for question in questions}
+        asked = Path(options["output_dir"]) / f"searched-{os.environ.get('RANK', 0)}.json"
+        asked.write_text(json.dumps([queries for queries, _ in searched.batches]))
 
         def render(state):
             passages = [CORPUS.by_id[name] for name in made.context(state)]

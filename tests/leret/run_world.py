@@ -1,9 +1,12 @@
 """Runs of LeReT with a scripted model in the place of the one that the options name, and training that only says so."""
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from explore_world import engine, say, write_files
+from safetensors.torch import save_file
 
 from llmrl.leret import evaluation, rounds
 from llmrl.leret.ask import EngineAsker, RuleAsker
@@ -13,6 +16,20 @@ from llmrl.leret.prompts import PROMPT_FILE, PromptFormat, SearchSetup
 from llmrl.leret.rules import RULES
 
 SETUP = SearchSetup(PromptFormat(instruction="name"))
+
+
+def write_weights(folder, value, name="model.safetensors"):
+    """Give a folder weights of its own; return it as a text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"weight": torch.full((2, 2), float(value))}, folder / name)
+    return str(folder)
+
+
+def write_adapter(folder, base, value=0.0):
+    """Make a folder an adapter that was trained on `base`; return it as a text."""
+    write_weights(folder, value, "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "peft_type": "LORA"}))
+    return str(folder)
 
 
 def opened(folder, said=None, **options):

@@ -102,7 +102,23 @@ def test_many_queries_and_odd_ones(tmp_path):
     first = cached.search(queries, 3)
     assert all(first)
     assert cached.search(queries, 3) == first
-    assert len(inner.asked) == 1
+    assert [len(asked) for asked, _ in inner.asked] == [256, 256, 256, 256, 182]
+
+
+def test_what_a_server_found_before_it_died_is_kept(tmp_path):
+    class Dying(Counting):
+        def search(self, queries, k):
+            if len(self.asked) == 2:
+                raise RetrieverError("gone")
+            return super().search(queries, k)
+
+    queries = [f"title {i}" for i in range(700)]
+    with pytest.raises(RetrieverError, match="gone"):
+        CachedRetriever(Dying(), tmp_path / "c", CORPUS).search(queries, 3)
+    assert len(contents(tmp_path / "c")) == 512
+    again = Counting()
+    CachedRetriever(again, tmp_path / "c", CORPUS).search(queries, 3)
+    assert [len(asked) for asked, _ in again.asked] == [188]
 
 
 def test_a_retriever_that_fails_leaves_nothing(tmp_path):

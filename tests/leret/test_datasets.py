@@ -1,5 +1,5 @@
 import pytest
-from small_world import GOLD, QUESTION, candidate, group, hop_1, tried
+from small_world import GOLD, QUESTION, candidate, hop_1, tried
 
 from llmrl.errors import DataError
 from llmrl.leret.context import merge
@@ -58,7 +58,7 @@ def test_sft_rows_hold_the_best_query():
     assert rows[0]["prompt"][1] == {"role": "user", "content": "q5 after "}
 
 
-def test_grpo_rows_hold_every_candidate_or_what_the_filters_leave():
+def test_grpo_rows_hold_every_candidate():
     (row,) = grpo_rows([hop_1()], render)
     assert row["rewards"] == [0.5, 0.25, 0, 0, 0, 1]
     assert row["candidates"][0] == QUESTION
@@ -66,8 +66,6 @@ def test_grpo_rows_hold_every_candidate_or_what_the_filters_leave():
     assert (row["question_id"], row["hop"]) == ("q5", 1)
     doubled = Group((("g",),), tuple(candidate(1, query=text, sample=i) for i, text in enumerate(("a", "a", ""))))
     assert grpo_rows([doubled], render)[0]["candidates"] == ["a", "a", ""]
-    filtered = grpo_rows([doubled, group(0, query=" ")], render, PairRule())
-    assert [(row["candidates"], row["rewards"]) for row in filtered] == [(["a"], [1.0])]
 
 
 def test_rows_refuse_an_empty_prompt():

@@ -14,7 +14,6 @@ from llmrl.leret.evaluate import (
     HopScore,
     Outcome,
     System,
-    paired_differences,
     report_json,
     report_seeds,
     score_hops,
@@ -37,6 +36,10 @@ def outcome(question, recalls, kind=None, no_hit=()):
     no_hit = no_hit or [False] * len(recalls)
     hops = tuple(HopScore(r, r, r, r, n) for r, n in zip(recalls, no_hit, strict=True))
     return Outcome(question, kind, hops, ("query",) * len(hops), ("p1",))
+
+
+def difference(a, b, draws):
+    return report_json([a, b], [(a.name, b.name)], draws=draws)["paired"][f"{a.name} - {b.name}"]
 
 
 def halves(rng, count, p):
@@ -177,9 +180,9 @@ def test_report_json_does_not_depend_on_the_order_of_questions_systems_and_pairs
 
 def test_two_sided_of_equal_systems_is_one_and_of_different_ones_never_zero():
     a = system("a", [0.5, 1.0, 0.0, 0.5] * 5)
-    same = paired_differences(a, replace(a, name="b"), draws=500)["recall"]
+    same = difference(a, replace(a, name="b"), 500)["recall"]
     assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "two_sided": 1.0}
-    worse = paired_differences(system("a", [1.0] * 20), system("a", [0.0] * 20), draws=999)["recall"]
+    worse = difference(system("a", [1.0] * 20), system("b", [0.0] * 20), 999)["recall"]
     assert worse == {"value": 1.0, "low": 1.0, "high": 1.0, "two_sided": pytest.approx(2 / 1000)}
 
 
@@ -224,8 +227,25 @@ def test_report_seeds_averages_the_seeds_before_it_draws():
     values = [halves(rng, 50, 0.5) for _ in range(3)]
     pooled = report_seeds(seeds_of(values), [("policy", "question")], draws=500)["paired"]["policy - question"]["ap"]
     mean = system("mean", np.mean(values, axis=0).tolist())
-    single = paired_differences(mean, system("question", [0.5] * 50), draws=500)["ap"]
+    single = difference(mean, system("question", [0.5] * 50), 500)["ap"]
     assert {key: pooled[key] for key in single} == {key: pytest.approx(value) for key, value in single.items()}
+
+
+def test_report_seeds_of_equal_values_have_no_spread():
+    """A mean of .7 three times has a deviation of 1e-16, which was shown as ±.000."""
+    report = report_seeds(seeds_of([[0.7] * 3] * 3), [("policy", "question")], draws=20)
+    assert report["systems"]["policy"]["recall"]["sd"] == 0.0
+    assert report["paired"]["policy - question"]["ap"]["sd"] == 0.0
+
+
+def test_a_row_that_mostly_found_nothing_is_marked():
+    half = [False, True]
+    outcomes = [outcome("a", [1.0, 1.0], no_hit=half), outcome("b", [0.0, 0.0], no_hit=half)]
+    never = Outcome("c", None, (), (), ())  # no query was written
+    even = report_json([System("policy", tuple(outcomes))], [], draws=10)["systems"]["policy"]
+    assert (even["empty"], even["never_searched"], even["mostly_empty"]) == (0.5, 0, False)
+    most = report_json([System("policy", (*outcomes, never))], [], draws=10)["systems"]["policy"]
+    assert (most["searches"], most["empty"], most["never_searched"], most["mostly_empty"]) == (4, 0.5, 1, True)
 
 
 def test_report_seeds_with_other_systems_are_refused():

@@ -1,12 +1,13 @@
 """`llmrl leret eval`: the rows of the report, what stands beside what, and answers that are not asked for twice."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from explore_world import prompt_text, say
-from run_world import SETUP, Models, opened
+from run_world import SETUP, Models, opened, write_adapter, write_weights
 
 from llmrl.errors import OutputError, RequestError, UsageError
 from llmrl.leret import run as commands
@@ -16,7 +17,7 @@ from llmrl.leret.prompts import PromptFormat, PromptStyle, load_setup
 from llmrl.leret.retriever import RetrieverError
 from llmrl.leret.rules import RULES
 
-FACTS = {"corpus", "retriever", "retriever_fingerprint", "reward", "search", "models"}
+FACTS = {"corpus", "retriever", "retriever_fingerprint", "reward", "search", "models", "failed_prompts"}
 REPORT = {"systems", "paired", "paired_by_hop", "paired_by_type", "questions", "excluded", "bootstrap"}
 
 
@@ -109,18 +110,136 @@ def test_the_report_of_a_training_run_holds_its_best_few_shot_style(tmp_path, mo
     assert commands._few_shot(tmp_path / "in" / "out") == []
 
 
-def test_prompts_without_an_answer_are_said(played):
-    def some(request):
-        if "iris" in prompt_text(request):
-            raise RequestError("the prompt is too long")
-        return say(request)
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """`finished(published, *questions, scripts)`: the final report of a run whose best round is `published`, of two rounds."""
 
-    report = played(scripts={"base": some})
+    def write_round(folder, setup, notes):
+        for stage in ("sft", "preference"):
+            final = folder / stage / "final"
+            write_weights(final, 2 * int(folder.name[-1]) + (stage == "sft"))
+            replace(setup, format=PromptFormat(instruction=f"{stage} of {folder.name}"), notes=notes).save(final)
+
+    def published(number):
+        def rounds(run, folder, say):
+            for one in (0, 1):
+                write_round(folder / f"round-{one}", run.setup, {"round": str(one)})
+            policy = folder / "policy"
+            shutil.rmtree(policy, ignore_errors=True)
+            shutil.copytree(folder / f"round-{number}" / "preference" / "final", policy)
+            return policy
+
+        return rounds
+
+    def finish(number, *questions, answer=say):
+        finish.models = Models(monkeypatch, policy=answer, final=answer)
+        monkeypatch.setattr(commands, "run_rounds", published(number))
+        rows = [{"id": f"t{i}", "question": text, "gold_ids": ["d8"]} for i, text in enumerate(questions)]
+        (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {"bootstrap_draws": 20, "test_questions": [str(tmp_path / "test.jsonl")], "tuning": "full"}
+        return commands.train(opened(tmp_path / "in", rounds=2, **options).config)
+
+    return finish
+
+
+ABOUT = "where was the one of iris dam born"
+
+
+def test_the_final_report_shows_the_supervised_stage_of_the_published_round(finished, tmp_path):
+    asked = []
+    for number in (0, 1):
+        finished(number, ABOUT, answer=lambda request: asked.append(prompt_text(request)) or "iris dam")
+        assert any(f"sft of round-{number}" in text for text in asked)
+        assert not any(f"sft of round-{1 - number}" in text for text in asked)
+        asked.clear()
+
+
+def test_the_final_report_is_made_anew_for_another_policy_or_other_questions_and_only_then(finished, tmp_path):
+    first = finished(0, ABOUT, answer=lambda request: "iris dam")
+    assert len(finished.models.asked) == 4 + 2  # policy and sft as told, base in its own way: two hops each
+    assert finished(0, ABOUT, answer=lambda request: "iris dam") == first
+    assert finished.models.asked == []
+    second = finished(1, ABOUT, answer=lambda request: "zzz")  # what a further round may bring
+    assert second["systems"]["policy"]["recall"]["value"] == 0
+    assert len(finished.models.asked) == 6
+    more = finished(1, ABOUT, "where was the other of iris dam born", answer=lambda request: "iris dam")
+    assert more["questions"] == 2
+    assert more["systems"]["policy"]["recall"]["value"] == 1
+    (tmp_path / "in" / "out" / "test" / "made_of.json").unlink()  # of an earlier version, which did not say
+    assert finished(1, ABOUT, answer=lambda request: "iris dam")["questions"] == 1
+
+
+@pytest.mark.parametrize("where", ["headroom", "dev", "test", "eval"])
+def test_prompts_that_failed_give_the_exit_code_of_failed_rows(where, tmp_path):
+    files = {
+        "headroom": ("round-1/headroom.json", {"failed_prompts": 2}, "train"),
+        "dev": ("round-0/dev.json", {"failed_prompts": 1}, "train"),
+        "test": ("test/report.json", {"failed_prompts": {"policy": {"failed": 1}, "base": {"failed": 0}}}, "train"),
+        "eval": ("report.json", {"failed_prompts": {"policy": {"failed": 3}}}, "eval"),
+    }
+    name, said, action = files[where]
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    for content, found in ((said, True), ({}, False)):  # an earlier version did not count them
+        (tmp_path / name).write_text(json.dumps(content))
+        assert bool(commands.failed_prompts(action, tmp_path)) == found
+
+
+def without_iris(request):
+    if "iris" in prompt_text(request):
+        raise RequestError("the prompt is too long")
+    return say(request)
+
+
+def test_prompts_without_an_answer_are_said_and_reported_row_by_row(played, tmp_path, capsys):
+    (tmp_path / "styles.json").write_text('[{"name": "shots", "instruction": "person"}]')
+    other = tmp_path / "other"
+    other.mkdir()
+    models = [("policy", str(tmp_path / "in" / "base"), None), ("other", str(other), None)]
+    report = played(models, scripts={"base": without_iris}, prompts=str(tmp_path / "styles.json"))
     assert report["systems"]["policy"]["hops_used"]["value"] == 1.8
-    assert any(
-        line.startswith("policy: 1 of 19 prompts got no answer (sampling: RequestError: the prompt is too long)")
-        for line in played.said
-    )
+    first = "sampling: RequestError: the prompt is too long"
+    assert report["failed_prompts"] == {
+        "policy": {"failed": 1, "prompts": 19, "first": first},
+        "policy[shots]": {"failed": 1, "prompts": 19, "first": first},
+        "other": {"failed": 0, "prompts": 20, "first": ""},
+        "other[shots]": {"failed": 0, "prompts": 20, "first": ""},
+    }
+    line = f"policy: 1 of 19 prompts got no answer ({first}); their searches ended there"
+    assert f"llmrl: {line}\n" in capsys.readouterr().err
+    assert f"\n{line}\n" in (tmp_path / "eval" / "report.md").read_text()
+    again = played(models, scripts={"base": without_iris}, prompts=str(tmp_path / "styles.json"))
+    assert again["failed_prompts"] == report["failed_prompts"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "searches", "words"),
+    [
+        ("zzz", 20, "100.0% of 20 searches found nothing"),
+        ("", 0, "- of 0 searches found nothing, no query for 10 questions"),
+    ],
+)
+def test_a_row_that_finds_nothing_is_marked_and_said_and_the_others_go_on(
+    played, tmp_path, capsys, answer, searches, words
+):
+    other = tmp_path / "other"
+    other.mkdir()
+    models = [("policy", str(tmp_path / "in" / "base"), None), ("other", str(other), None)]
+    report = played(models, scripts={"base": lambda request: answer})
+    systems = report["systems"]
+    assert (systems["policy"]["mostly_empty"], systems["policy"]["searches"]) == (True, searches)
+    assert not any(systems[name]["mostly_empty"] for name in ("question", "question-top", "other"))
+    line = f"policy: {words}: this row says what it misses, and not how well it searches"
+    assert capsys.readouterr().err == f"llmrl: {line}\n"
+    assert line in (tmp_path / "eval" / "report.md").read_text()
+
+
+def test_a_rule_that_finds_nothing_is_marked(played, monkeypatch, capsys):
+    monkeypatch.setitem(RULES, "names-1", lambda question, passages: "")
+    monkeypatch.setitem(RULES, "rest", lambda question, passages: "zzz")
+    report = played([], rules=["all"], policy="rules", model=None, few_shot_prompts=None, temperature=None, hops=4)
+    marked = [name for name, row in report["systems"].items() if row["mostly_empty"]]
+    assert marked == ["rule:rest"]  # three of its four searches; the other one stops behind the question
+    assert "llmrl: rule:rest: 75.0% of 40 searches found nothing" in capsys.readouterr().err
 
 
 def test_a_model_is_asked_in_the_prompt_it_was_trained_with(played, tmp_path):
@@ -159,6 +278,26 @@ def test_an_adapter_brings_its_base_as_a_row(tmp_path):
     assert systems_of(opened(tmp_path / "in", adapter=adapter)) == expected
     assert systems_of(opened(tmp_path / "in", model=adapter)) == expected
     assert systems_of(opened(tmp_path / "in")) == [("policy", base, None)]
+
+
+def test_an_adapter_is_not_used_on_another_model_than_its_own(tmp_path):
+    base, other = write_weights(tmp_path / "in" / "base", 1), write_weights(tmp_path / "other", 2)
+    adapter = write_adapter(tmp_path / "lora", other)
+    complaint = (
+        f"the adapter {adapter} was trained on {other}, whose weights differ from those of {base}: name the base"
+    )
+    with pytest.raises(UsageError, match=complaint):
+        opened(tmp_path / "in", adapter=adapter)
+    with pytest.raises(UsageError, match=complaint):
+        systems_of(opened(tmp_path / "in", systems=[f"sft={adapter}"]))
+    moved = write_adapter(tmp_path / "moved", shutil.copytree(base, tmp_path / "copy"))
+    for _ in range(2):
+        assert systems_of(opened(tmp_path / "in", adapter=moved))[0] == ("policy", base, moved)
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)  # nothing to compare with: what is given is believed
+    with pytest.raises(
+        UsageError, match=r"an adapter of .*copy, which is not there: --model NAME_OF_THE_BASE --adapter"
+    ):
+        systems_of(opened(tmp_path / "in", model=moved))
 
 
 def test_further_systems_are_models_or_adapters(tmp_path):
@@ -213,7 +352,7 @@ def test_a_policy_trained_behind_the_question_is_played_behind_the_question(tmp_
 
 def test_a_retriever_that_finds_nothing_ends_an_evaluation_with_the_count(played, monkeypatch):
     monkeypatch.setattr("llmrl.leret.bm25.BM25Retriever.search", lambda self, queries, k: [[] for _ in queries])
-    with pytest.raises(RetrieverError, match="20 of the last 20 searches with bm25 came back empty"):
+    with pytest.raises(RetrieverError, match="10 of the last 10 searches with bm25 came back empty"):
         played()
 
 

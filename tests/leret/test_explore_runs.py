@@ -12,14 +12,25 @@ def written(folder):
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
+def searched(folder, rank=0):
+    """What a process searched for, a list for each call."""
+    return json.loads((folder / f"searched-{rank}.json").read_text())
+
+
 def explored(folder, **options):
     assert run(folder, **options) == 0, (folder / "log.txt").read_text()
     return written(folder)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return explored(tmp_path_factory.mktemp("runs") / "alone")
+def folder(tmp_path_factory):
+    """Of a run of one process that nothing disturbed."""
+    return tmp_path_factory.mktemp("runs") / "alone"
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return explored(folder)
 
 
 def test_a_run_makes_candidates_and_rows(alone):
@@ -29,10 +40,15 @@ def test_a_run_makes_candidates_and_rows(alone):
     assert counts["sft.jsonl"] >= 4
 
 
-def test_two_processes_write_the_same_bytes(alone, tmp_path):
+def test_two_processes_write_the_same_bytes_and_search_for_a_half_each(alone, folder, tmp_path):
     assert explored(tmp_path, ranks=2) == alone
     shards = {path.name.split("-")[0] for path in (tmp_path / "hop-1" / "answers-0.8" / "shards").iterdir()}
     assert shards == {"00000", "00001"}
+    by_one, by_two = searched(folder), zip(searched(tmp_path, 0), searched(tmp_path, 1), strict=True)
+    assert sum(map(len, by_one)) > 10
+    for batch, (first, second) in zip(by_one, by_two, strict=True):  # each process its share, and no query twice
+        assert sorted(first + second) == sorted(batch)
+        assert abs(len(first) - len(second)) <= 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

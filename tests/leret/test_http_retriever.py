@@ -208,6 +208,8 @@ def test_fingerprint_is_of_url_name_and_corpus():
     ]
     assert len({r.fingerprint for r in retrievers}) == 4
     assert HttpRetriever(url + "/api/search").fingerprint == retrievers[0].fingerprint
+    moved = HttpRetriever("http://127.0.0.1:2", name="b")  # the name is that of the index, wherever it is served
+    assert moved.fingerprint == retrievers[1].fingerprint
     [r.close() for r in retrievers]
 
 

@@ -5,7 +5,7 @@ import pytest
 from llmrl.config import parse_config
 from llmrl.errors import ConfigError, Interrupted, LlmrlError, UsageError
 from llmrl.leret.options import LERET, MERGES, PAIRS, PAPER, PRESETS, REWARDS, STATE_RULES, LeretConfig, given
-from llmrl.leret.train_settings import PAPER_PREFERENCE, PAPER_SFT
+from llmrl.leret.rounds import stage_settings
 
 NEEDED = {"questions": ["q.jsonl"], "passages": ["p.jsonl"], "output_dir": "out"}
 MODEL = {**NEEDED, "model": "m"}
@@ -49,15 +49,12 @@ def test_the_papers_preset_is_the_papers_table():
     assert (paper.rounds, paper.partition) == (1, "disjoint")
 
 
-@pytest.mark.parametrize(("stage", "settings"), [("sft_", PAPER_SFT), ("", PAPER_PREFERENCE)])
-def test_the_papers_preset_is_what_the_trainers_call_the_papers(stage, settings):
-    paper = config(preset=PAPER)
-    assert getattr(paper, f"{stage}lr") == settings.learning_rate
-    assert getattr(paper, f"{stage}epochs") == settings.epochs
-    batch = paper.sft_batch_size if stage else paper.train_batch_size
-    assert batch == settings.batch_size
-    for name in ("optimizer", "warmup_steps", "max_grad_norm", "tuning"):
-        assert getattr(paper, name) == getattr(settings, name)
+@pytest.mark.parametrize(("stage", "batch_size", "epochs"), [("sft", 8, 1), ("preference", 4, 2)])
+def test_the_papers_preset_is_what_the_trainers_are_given(stage, batch_size, epochs):
+    settings = stage_settings(config(preset=PAPER), stage, 1000, 0)
+    assert (settings.batch_size, settings.epochs, settings.learning_rate) == (batch_size, epochs, 1e-7)
+    assert (settings.optimizer, settings.warmup_steps, settings.max_grad_norm) == ("rmsprop", 150, 10)
+    assert (settings.tuning, settings.schedule) == ("full", "constant")
 
 
 def test_where_the_presets_differ():
@@ -80,6 +77,8 @@ def test_where_the_presets_differ():
         ({"output_dir": None}, "missing --output_dir"),
         ({"model": None}, "missing --model.*or --policy rules"),
         ({"retriever": "http"}, "--retriever http needs --retriever_url"),
+        ({"retriever_name": "wiki"}, "--retriever_name is the name of an index of --retriever http"),
+        ({"retriever": "http", "retriever_url": "http://a", "retriever_name": " "}, "--retriever_name is the name"),
         ({"server_url": ["http://a"], "rollout_backend": "vllm"}, "--server_url goes with --rollout_backend server"),
         ({"hops": 0}, "--hops must be at least 1"),
         ({"k": 0}, "--k must be at least 1"),

@@ -191,7 +191,6 @@ def test_best_queries_breaks_ties_by_words_and_then_text():
     assert [t.query for t in best_queries([ties], PAPER)] == ["oak trees"]
     flat = named(("two words", 0.5), ("one", 0.5))
     assert best_queries([flat], PAPER) == []
-    assert [(t.query, t.reward) for t in best_queries([flat], PAPER, single_level=True)] == [("one", 0.5)]
 
 
 def test_best_queries_of_the_small_world_is_the_one_that_finds_both():

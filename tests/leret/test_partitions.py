@@ -30,11 +30,11 @@ def test_partition_rounds_does_not_depend_on_the_order_of_the_file(kind):
 
 
 def test_slices_are_disjoint_and_complete():
-    slices = slice_questions(IDS, few_shot=20, dev=10, seed=3)
-    assert (len(slices.few_shot), len(slices.dev), len(slices.train)) == (20, 10, 73)
-    assert sorted(slices.few_shot + slices.dev + slices.train) == sorted(IDS)
-    assert slice_questions(random.Random(0).sample(IDS, len(IDS)), few_shot=20, dev=10, seed=3) == slices
-    assert slice_questions(IDS, few_shot=20, dev=10, seed=4) != slices
+    slices = slice_questions(IDS, few_shot=20, seed=3)
+    assert (len(slices.few_shot), len(slices.train)) == (20, 83)
+    assert sorted(slices.few_shot + slices.train) == sorted(IDS)
+    assert slice_questions(random.Random(0).sample(IDS, len(IDS)), few_shot=20, seed=3) == slices
+    assert slice_questions(IDS, few_shot=20, seed=4) != slices
     assert slice_questions(IDS).train == slice_questions(IDS, seed=0).train
 
 
@@ -58,6 +58,6 @@ def test_partitions_refuse_what_cannot_be_dealt():
             partition_rounds(IDS, rounds)
     assert len(partition_rounds(IDS[:2], 5, "full")) == 5
     with pytest.raises(UsageError, match="leave nothing to train on"):
-        slice_questions(IDS, few_shot=100, dev=3)
+        slice_questions(IDS, few_shot=103)
     with pytest.raises(DataError, match=r"1 question id\(s\) are there twice, the first: q7"):
         partition_rounds([*IDS, "q7"], 2)

@@ -126,11 +126,23 @@ def test_the_first_folder_with_a_setup_wins(tmp_path):
     assert load_setup(tmp_path / "adapter", tmp_path / "model").k == 1
 
 
-@pytest.mark.parametrize("content", ["{", '{"hops": "two"}', '{"colour": 1}', "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", '{"hops": "two"}', '{"colour": 1}', "[]", '{"format": {"styles": 3}}', '{"format": {"passage_words": "3"}}',
+        '{"format": {"template_options": [1]}}', '{"format": {"system": 3}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_setup_is_named(tmp_path, content):
     (tmp_path / PROMPT_FILE).write_text(content)
     with pytest.raises(DataError, match=r"search_prompt.json: not a search prompt"):
         load_setup(tmp_path)
+
+
+def demo(**changes):
+    """A file with one style of one worked example."""
+    example = {"question": "Where?", "passages": [["T", "a b"]], "query": "T born", "hop": 1, **changes}
+    return json.dumps([{"name": "a", "instruction": "x", "demos": [example]}])
 
 
 def test_styles_come_from_a_file(tmp_path):
@@ -148,6 +160,17 @@ def test_styles_come_from_a_file(tmp_path):
         ("[]", "expected a list of styles"),
         ('[{"name": "a"}]', "missing instruction"),
         ('[{"name": "a", "instruction": "x", "text": 1}]', "unknown key 'text'"),
+        ('[{"name": "a", "instruction": 1}]', "style 1: .*instruction: expected text"),
+        ('[{"name": "a", "instruction": "x"}, {"name": "b", "instruction": "y", "hops": ["two"]}]', "style 2: .*hops"),
+        ('[{"name": "a", "instruction": "x", "hops": 2}]', "style 1: .*hops: expected numbers from 1, got 2"),
+        ('[{"name": "a", "instruction": "x", "demos": 3}]', "style 1: .*demos: expected a list of worked examples"),
+        ('[{"name": "a", "instruction": "x", "demos": [3]}]', "style 1: Demo: expected a JSON object"),
+        (demo(query=3), "style 1: Demo.query: expected text"),
+        (demo(question=None), "style 1: Demo.question: expected text"),
+        (demo(passages=["title and text"]), "style 1: Demo.passages: expected a list of"),
+        (demo(passages=[["title"]]), "style 1: Demo.passages: expected a list of"),
+        (demo(hop="1"), "style 1: Demo.hop: expected an integer"),
+        ("[3]", "style 1: PromptStyle: expected a JSON object"),
         ('[{"name": "bare", "instruction": "x"}]', "'bare' is taken"),
         ('[{"name": "a", "instruction": "x"}, {"name": "a", "instruction": "y"}]', "'a' is taken"),
     ],
@@ -156,5 +179,6 @@ def test_a_wrong_file_of_styles_is_refused_in_a_line(tmp_path, content, complain
     path = tmp_path / "styles.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=complaint):
+    with pytest.raises(ConfigError, match=complaint) as refused:
         load_styles(path)
+    assert "styles.json" in str(refused.value)

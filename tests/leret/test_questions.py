@@ -4,7 +4,7 @@ import pytest
 
 from llmrl.errors import DataError
 from llmrl.leret.corpus import Corpus, Passage
-from llmrl.leret.questions import Excluded, Question, load_claims, load_questions, resolve_gold, write_questions
+from llmrl.leret.questions import Excluded, Question, load_claims, load_questions, resolve_gold
 
 CORPUS = Corpus(
     (
@@ -123,12 +123,3 @@ def test_load_claims_reads_hover_without_passages(tmp_path):
     assert claims[0].gold == ()
     with pytest.raises(DataError, match=r"h1 \(Youth \(2015 film\)\)\nname the passages file"):
         resolve_gold(claims, CORPUS)
-
-
-def test_write_questions_is_read_back_as_it_was(tmp_path):
-    claims = load_claims(
-        write(tmp_path / "claims.jsonl", HOVER, {"id": "h2", "question": "Où?", "type": "t", "gold_ids": ["p1"]})
-    )
-    write_questions(tmp_path / "out.jsonl.gz", claims)
-    assert load_claims(tmp_path / "out.jsonl.gz") == claims
-    assert [q.id for q in load_questions(tmp_path / "out.jsonl.gz", CORPUS).questions] == ["h2"]

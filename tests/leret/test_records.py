@@ -35,6 +35,13 @@ def test_records_are_the_same_after_a_file_of_json_lines(tmp_path):
     assert read_records(tmp_path / "g.jsonl", Group) == [hop_1()]
 
 
+def test_candidates_of_earlier_files_are_read(tmp_path):
+    """They hold a key that was never filled."""
+    earlier = {**tried(QUESTION).to_json(), "prompt_token_ids": []}
+    (tmp_path / "c.jsonl").write_text(json.dumps(earlier) + "\n")
+    assert read_records(tmp_path / "c.jsonl", Candidate) == [tried(QUESTION)]
+
+
 def test_read_records_names_the_line(tmp_path):
     path = tmp_path / "c.jsonl"
     good = json.dumps(tried(QUESTION).to_json())

@@ -84,6 +84,7 @@ def test_paired_table_marks_what_does_not_hold_zero(report):
         ({"value": 0.9996, "low": None, "high": None}, False, "1.000"),
         ({"value": 0.5, "low": 0.4, "high": 0.6, "sd": 0.02, "runs": {}}, False, ".500 ±.020 [.400, .600]"),
         ({"value": 0.5, "low": 0.4, "high": 0.6, "sd": 0.0, "runs": {}}, False, ".500 [.400, .600]"),
+        ({"value": 0.5, "low": 0.4, "high": 0.6, "sd": 1.4e-16, "runs": {}}, False, ".500 [.400, .600]"),
     ],
 )
 def test_markdown_cell(score, sign, shown):

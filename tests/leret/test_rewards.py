@@ -22,7 +22,6 @@ from llmrl.leret.rewards import (
     recall_gain,
     reciprocal_rank,
     reward_named,
-    with_redundancy_penalty,
 )
 
 A, B = frozenset({"a"}), frozenset({"b"})
@@ -147,16 +146,6 @@ def test_as_reward_refuses_what_is_no_finite_number(value):
 
     with pytest.raises(DataError, match="reward 'broken' returned"):
         as_reward(broken)("abc", GOLD)
-
-
-def test_redundancy_penalty_lowers_a_reward_by_the_share_of_known_hits():
-    reward = with_redundancy_penalty(reward_named("ap"), 0.3)
-    assert reward("axyb", GOLD, before="axy", hits=("a", "x", "b")) == pytest.approx(0.75 - 0.3 * 2 / 3)
-    assert reward("axyb", GOLD, before="axy", hits=("b",)) == 0.75
-    assert reward("axy", GOLD, before="axy", hits=()) == 0.5
-    for weight in (-1, float("nan")):
-        with pytest.raises(UsageError, match="redundancy penalty"):
-            with_redundancy_penalty(reward, weight)
 
 
 def test_answer_reward_scores_what_is_read_from_the_context():

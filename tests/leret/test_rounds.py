@@ -6,15 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 from explore_world import QUESTIONS, prompt_text, say
-from run_world import Models, opened
+from run_world import Models, opened, write_adapter
 
 from llmrl.errors import DataError, RequestError, UsageError
 from llmrl.leret import preference, rounds, run, sft
 from llmrl.leret.opening import open_data
 from llmrl.leret.options import LeretConfig
 from llmrl.leret.prompts import PROMPT_FILE, SearchSetup, load_setup, load_styles
-from llmrl.leret.retriever import RetrieverError
-from llmrl.leret.rounds import Learner, explore_round, first_learner, run_rounds, train_round
+from llmrl.leret.retriever import NothingFoundError, RetrieverError
+from llmrl.leret.rounds import (
+    Learner,
+    explore_round,
+    first_learner,
+    published_round,
+    run_rounds,
+    stage_settings,
+    train_round,
+)
 
 STYLES = [{"name": "person", "instruction": "person"}, {"name": "junk", "instruction": "junk"}]
 
@@ -93,17 +101,30 @@ def test_a_round_writes_what_training_reads_and_is_not_explored_again(ready, tmp
     assert models.opened == ["base"]
 
 
-def test_failed_prompts_are_counted_in_the_summary(ready, tmp_path, monkeypatch):
+def test_failed_prompts_are_counted_in_the_summary_the_report_and_on_stderr(ready, tmp_path, monkeypatch, capsys):
     def some(request):
         if "foxglove" in prompt_text(request):
-            raise RequestError("the prompt is too long")
+            raise RequestError("the prompt | is too long")
         return say(request)
 
     Models(monkeypatch, base=some)
-    run = ready()
-    report = explore_round(run, 0, first_learner(run), tmp_path / "round-0", ready.said.append)
-    assert report["failed_prompts"] == 3
-    assert "3 failed (sampling: RequestError: the prompt is too long)" in ready.said[-1]
+    run, folder = ready(), tmp_path / "round-0"
+    report = explore_round(run, 0, first_learner(run), folder, ready.said.append)
+    why = "sampling: RequestError: the prompt | is too long"
+    assert (report["failed_prompts"], report["prompts"], report["first_failure"]) == (3, 57, why)
+    assert f"3 failed ({why})" in ready.said[-1]
+    assert (
+        f"llmrl: round 0: 3 of 57 prompts got no answer ({why}); nothing was explored there\n"
+        == capsys.readouterr().err
+    )
+    (row,) = [line for line in (folder / "headroom.md").read_text().splitlines() if "without an answer" in line]
+    assert row.split("|")[2].strip() == "3 of 57 (sampling: RequestError: the prompt / is too long)"
+    # a run that was killed after a hop does not forget what failed in it
+    for name in ("headroom.json", "headroom.md"):
+        (folder / name).unlink()
+    (folder / "hop-2" / "candidates.jsonl").unlink()
+    again = explore_round(run, 0, first_learner(run), folder, ready.said.append)
+    assert (again["failed_prompts"], again["prompts"]) == (3, 57)
 
 
 def test_a_retriever_that_mostly_finds_nothing_ends_a_short_round_too(ready, tmp_path, monkeypatch):
@@ -169,10 +190,35 @@ def explored(ready, tmp_path, monkeypatch):
     return folder
 
 
+def test_an_adapter_is_trained_on_the_model_that_explored(ready, explored, tmp_path, monkeypatch):
+    """Whatever base its folder names."""
+    trainers, base = Trainers(monkeypatch), ready().config.model
+    adapter = write_adapter(tmp_path / "lora", tmp_path / "where-it-was-trained")
+    run = ready(adapter=adapter)
+    learned = train_round(run, 0, first_learner(run), explored, ready.said.append)
+    assert [(stage, model, named["base"]) for stage, model, _, named in trainers.calls] == [
+        ("sft", "lora", base), ("preference", "sft", base),
+    ]  # fmt: skip
+    assert {named["facts"]["base"] for *_, named in trainers.calls} == {base}
+    assert learned == Learner(base, str(explored / "preference" / "final"))
+
+
+def test_batches_are_shared_by_the_processes(ready, monkeypatch):
+    config = ready(sft_batch_size=16, train_batch_size=4).config
+    assert stage_settings(config, "sft", 100, 0).batch_size == 16
+    assert stage_settings(config, "sft", 7, 0).batch_size == 7
+    monkeypatch.setattr(rounds, "world_size", lambda: 3)
+    assert [stage_settings(config, "sft", rows, 0).batch_size for rows in (100, 7, 3)] == [15, 6, 3]
+    assert stage_settings(config, "preference", 100, 0).batch_size == 3
+    with pytest.raises(UsageError, match="sft: batches of 2 rows for 3 processes: start fewer of them"):
+        stage_settings(config, "sft", 2, 0)
+
+
 def test_preferences_start_where_supervised_training_ended(ready, explored, monkeypatch):
     trainers = Trainers(monkeypatch)
     learned = train_round(ready(), 0, first_learner(ready()), explored, ready.said.append)
     assert [(stage, model) for stage, model, *_ in trainers.calls] == [("sft", "base"), ("preference", "sft")]
+    assert [named["base"] is None for *_, named in trainers.calls] == [True, False]
     assert learned.model.endswith("base")
     assert learned.adapter == str(explored / "preference" / "final")
     assert load_setup(learned.adapter).format == ready().setup.format
@@ -258,6 +304,7 @@ def test_patience_waits_for_another_round(dev):
     explored, final = dev([0.3, 0.5, 0.4, 0.9], rounds=3, patience=2)
     assert explored == [0, 1, 2]
     assert weights(final) == "preference of round-2"
+    assert published_round(final) == 2
 
 
 def test_each_round_explores_with_the_model_of_the_one_before(dev):
@@ -283,10 +330,55 @@ def test_the_policy_carries_its_prompt_and_where_it_comes_from(dev, ready):
     setup = load_setup(final)
     assert setup.format == ready().setup.format
     assert setup.notes["dev_recall"] == "0.5000"
+    assert (setup.notes["round"], published_round(final)) == ("0", 0)
     assert setup.notes["corpus"] == ready().corpus.fingerprint
     assert setup.notes["reward"] == "ap"
     assert not list(final.parent.glob(".policy*"))
     assert (final / PROMPT_FILE).is_file()
+
+
+def test_failed_prompts_of_dev_are_counted(ready, tmp_path, monkeypatch, capsys):
+    def some(request):
+        if "hazel" in prompt_text(request):
+            raise RequestError("too long")
+        return say(request)
+
+    Models(monkeypatch, base=some)
+    rows = [{"id": d, "question": f"where was the one of {d} dam born", "gold_ids": ["d8"]} for d in ("iris", "hazel")]
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ready(dev_questions=[str(tmp_path / "dev.jsonl")])
+    rounds._dev_recall(run, first_learner(run), tmp_path / "dev.json", "round 0", ready.said.append)
+    assert json.loads((tmp_path / "dev.json").read_text())["failed_prompts"] == 1
+    assert "llmrl: dev, round 0: 1 of 3 prompts got no answer" in capsys.readouterr().err
+
+
+@pytest.fixture
+def dev_of(ready, tmp_path, monkeypatch):
+    """`dev_of(script)`: dev recall of a model that answers so."""
+    (tmp_path / "dev.jsonl").write_text(
+        '{"id": "d", "question": "where was the one of iris dam born", "gold_ids": ["d8"]}\n'
+    )
+
+    def play(script):
+        Models(monkeypatch, base=script)
+        run = ready(dev_questions=[str(tmp_path / "dev.jsonl")])
+        return rounds._dev_recall(run, first_learner(run), tmp_path / "dev.json", "round 0", ready.said.append)
+
+    return play
+
+
+@pytest.mark.parametrize("answer", ["", "zzz"])
+def test_a_model_that_finds_nothing_on_dev_is_a_bad_round_and_is_said(dev_of, capsys, answer):
+    assert dev_of(lambda request: answer) == 0
+    assert "llmrl: dev, round 0: " in (said := capsys.readouterr().err)
+    assert "searches found nothing" in said
+
+
+def test_a_retriever_that_finds_nothing_on_dev_ends_the_run(dev_of, monkeypatch, tmp_path):
+    monkeypatch.setattr("llmrl.leret.bm25.BM25Retriever.search", lambda self, queries, k: [[] for _ in queries])
+    with pytest.raises(RetrieverError, match="1 of the last 1 searches"):
+        dev_of(say)
+    assert not (tmp_path / "dev.json").exists()
 
 
 def test_dev_is_played_once_a_round_in_the_bare_style(ready, tmp_path, monkeypatch):
@@ -363,6 +455,29 @@ def test_nothing_left_to_learn_in_a_later_round_ends_with_the_policy_of_the_one_
     assert explored == [0, 1]
     assert weights(final) == "preference of round-0"
     assert any("round 1: every query earns the same" in line for line in ready.said)
+
+
+def test_a_model_that_no_longer_finds_anything_ends_with_the_policy_of_the_round_before(
+    dev, ready, monkeypatch, capsys
+):
+    real = rounds.run_rounds
+
+    def run(*args):
+        explore = rounds.explore_round
+
+        def fails(run, number, *rest):
+            if number:
+                raise NothingFoundError("60 of the last 100 searches came back empty")
+            return explore(run, number, *rest)
+
+        monkeypatch.setattr(rounds, "explore_round", fails)
+        return real(*args)
+
+    monkeypatch.setitem(globals(), "run_rounds", run)
+    _, final = dev([None] * 4, rounds=3)
+    assert weights(final) == "preference of round-0"
+    said = "llmrl: round 1: 60 of the last 100 searches came back empty\nstopped: the policy is that of the rounds before\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_query_that_repeats_the_prompt_is_no_target(ready, tmp_path, monkeypatch):

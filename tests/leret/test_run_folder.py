@@ -1,14 +1,15 @@
 """The folder of a run: gone on with as the same run, by one process at a time, never emptied of what is not its own."""
 
 import json
+import shutil
 
 import pytest
 from explore_world import CORPUS, QUESTIONS, write_files
-from run_world import SETUP, opened
+from run_world import SETUP, opened, write_adapter, write_weights
 
 from llmrl.errors import ModelError, OutputError
 from llmrl.leret.prompts import SearchSetup
-from llmrl.leret.run_folder import RUN_FILE, claimed_folder, identity
+from llmrl.leret.run_folder import RUN_FILE, claimed_folder, identity, systems_identity
 
 
 def claim(folder, what, **options):
@@ -112,6 +113,81 @@ def test_a_run_that_goes_on_as_another_is_refused_by_the_name_of_what_changed(
         monkeypatch.setattr("run_world.write_files", lambda folder: (passages, questions))
     with pytest.raises(OutputError, match=f"holds a run with another {named}.*: go on with the same options and files"):
         claim(tmp_path / "out", identity(opened(tmp_path / "in", **options)))
+
+
+def test_weights_that_changed_under_the_same_path_are_another_run(tmp_path):
+    write_weights(tmp_path / "in" / "base", 1)
+    claim(tmp_path / "out", identity(opened(tmp_path / "in")))
+    write_weights(tmp_path / "in" / "base", 2)
+    with pytest.raises(OutputError, match=r"another options.model: 'sha256:.*', now 'sha256:"):
+        claim(tmp_path / "out", identity(opened(tmp_path / "in")))
+
+
+def test_the_same_model_by_another_path_is_the_same_run(tmp_path):
+    base = tmp_path / "in" / "base"
+    adapter = write_adapter(tmp_path / "lora", base)
+    SETUP.save(adapter)
+    for given in ({}, {"adapter": adapter}):
+        write_weights(base, 1)
+        out = tmp_path / f"out-{len(given)}"
+        claim(out, identity(opened(tmp_path / "in", **given)))
+        copied = {name: str(shutil.copytree(path, out / name)) for name, path in given.items()}
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(base)
+        assert claim(out, identity(opened(tmp_path / "in", **{**copied, "model": str(tmp_path / "link")})))
+    # an adapter in the place of the model is the adapter on the base that it names
+    assert claim(out, identity(opened(tmp_path / "in", model=adapter)))
+    other = write_adapter(tmp_path / "other", base, value=1)
+    SETUP.save(other)
+    with pytest.raises(OutputError, match=r"another options.adapter: 'sha256:"):
+        claim(out, identity(opened(tmp_path / "in", adapter=other)))
+
+
+def earlier(run, **options):
+    """The identity of a folder from before models were known by their weights."""
+    what = identity(run)
+    kept = {key: value for key, value in what["options"].items() if key not in ("model", "adapter")}
+    paths = {"model": run.config.model, "adapter": run.config.adapter, "encoder": None, "retriever_url": None}
+    return {**what, "options": {**kept, **paths, **options}}
+
+
+def test_a_folder_from_before_weights_were_compared_is_gone_on_with(tmp_path):
+    write_weights(tmp_path / "in" / "base", 1)
+    run = opened(tmp_path / "in")
+    for number, options in enumerate(({}, {"model": str(tmp_path / "moved-away")})):
+        assert claim(tmp_path / str(number), earlier(run, **options))
+        assert claim(tmp_path / str(number), identity(run))
+        write_weights(tmp_path / "in" / "base", 2)  # from now on they are
+        with pytest.raises(OutputError, match=r"another options.model: 'sha256:"):
+            claim(tmp_path / str(number), identity(opened(tmp_path / "in")))
+        write_weights(tmp_path / "in" / "base", 1)
+    claim(tmp_path / "other", earlier(run, model=write_weights(tmp_path / "another", 3)))
+    with pytest.raises(OutputError, match=r"another options.model: 'sha256:"):
+        claim(tmp_path / "other", identity(run))
+
+
+def test_an_evaluation_from_before_weights_were_compared_is_gone_on_with(tmp_path):
+    base = write_weights(tmp_path / "in" / "base", 1)
+    what = {"models": systems_identity([("policy", base, None)])}
+    claim(tmp_path / "out", {"models": [["policy", base, None]]})
+    assert claim(tmp_path / "out", what)
+    claim(tmp_path / "more", {"models": [["policy", base, None], ["base", base, None]]})
+    with pytest.raises(OutputError, match=r"another models\.base"):
+        claim(tmp_path / "more", what)
+
+
+def test_an_index_that_has_a_name_may_move_to_another_address(tmp_path):
+    def asking(port, **options):
+        url = f"http://127.0.0.1:{port}"
+        return identity(opened(tmp_path / "in", retriever="http", retriever_url=url, **options))
+
+    claim(tmp_path / "named", asking(1, retriever_name="wiki-2018"))
+    assert claim(tmp_path / "named", asking(2, retriever_name="wiki-2018"))
+    with pytest.raises(OutputError, match="another retriever: 'sha256:"):
+        claim(tmp_path / "named", asking(2, retriever_name="wiki-2021"))
+    claim(tmp_path / "plain", asking(1))
+    with pytest.raises(OutputError, match="another retriever: 'sha256:"):
+        claim(tmp_path / "plain", asking(2))
 
 
 def test_another_retriever_is_another_run(tmp_path):

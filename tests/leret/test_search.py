@@ -48,5 +48,33 @@ def test_a_retriever_that_mostly_finds_nothing_stops_the_run_with_the_count():
         searcher.search([(START, f"zzz {i}" if i % 5 else f"dam {i}") for i in range(120)])
 
 
+def test_every_call_counts_and_not_every_query():
+    """One query that finds nothing, written again and again, is most of a run."""
+    searcher = Searcher(ChainRetriever(), 3)
+    with pytest.raises(RetrieverError, match=r"60 of the last 100 searches with chain came back empty \(60 of 100"):
+        searcher.search([(START, "zzz")] * 60 + [(START, f"dam {i}") for i in range(40)])
+    assert searcher.searches == 41
+
+
+def test_a_blank_query_counts_where_nothing_was_found_and_ends_a_search_where_something_was():
+    found = extend(START, "freda", ChainRetriever().search(["freda"], 2)[0])
+    searcher = Searcher(ChainRetriever(), 3)
+    searcher.search([(found, "")] * 3 + [(START, "dam")])
+    searcher.watch.finish()
+    assert (searcher.watch.total, searcher.watch.blank_queries) == (1, 0)
+    searcher.search([(START, " ")] * 2)
+    with pytest.raises(RetrieverError, match=r"2 of the last 3 searches .* 2 of them with a blank query"):
+        searcher.watch.finish()
+
+
+def test_a_row_that_is_measured_may_find_nothing():
+    searcher = Searcher(ChainRetriever(), 3)
+    with searcher.unwatched():
+        searcher.search([(START, "zzz")] * 200)
+    assert searcher.watch.total == 0
+    with pytest.raises(RetrieverError, match="100 of the last 100"):
+        searcher.search([(START, "zzz")] * 100)
+
+
 def test_half_a_surrogate_pair_is_searched_for_as_something_else():
     assert ids(Searcher(BM25Retriever(CORPUS), 1).search([(START, "foxglove \ud800")])) == [["d5"]]

@@ -1,24 +1,29 @@
 """The supervised stage: rows read as they stand, a loss over the completions alone, exact resume, the same on 2 processes."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stage_rows import MODEL, write_sft
 from stage_run import forwards, nll, run
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llmrl.errors import DataError, OutputError, UsageError
 from llmrl.fingerprints import _PROBES
+from llmrl.leret.options import LeretConfig
+from llmrl.leret.policy_files import open_policy
 from llmrl.leret.preference_data import SftRow, fit_to_length, read_sft_rows
+from llmrl.leret.rounds import stage_settings
 from llmrl.leret.sft import train_sft
-from llmrl.leret.stage import WholeBatches
-from llmrl.leret.train_settings import PAPER_SFT, TrainSettings, split_batch, steps_of, training_arguments
+from llmrl.leret.stage import WholeBatches, batches_line, choose_rows
+from llmrl.leret.train_settings import TrainSettings, split_batch, steps_of, training_arguments
 from llmrl.training import read_metrics
 
+NEEDED = {"model": "m", "questions": ["q"], "passages": ["p"], "output_dir": "o"}
 FULL = TrainSettings(tuning="full", batch_size=8, learning_rate=1e-3, warmup_steps=0, logging_steps=1, quiet=True)
 
 
@@ -83,8 +88,9 @@ def test_split_batch_keeps_the_global_batch():
 def test_paper_settings_are_rmsprop_with_150_steps_of_warmup_then_flat(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    model = torch.nn.Linear(2, 2)
-    arguments = TrainingArguments(**training_arguments(PAPER_SFT, str(tmp_path), 8 * 400, autocast=False))
+    model, paper = torch.nn.Linear(2, 2), LeretConfig(preset="leret-paper", **NEEDED)
+    settings = stage_settings(paper, "sft", 8 * 400, 0)
+    arguments = TrainingArguments(**training_arguments(settings, str(tmp_path), 8 * 400, autocast=False))
     trainer = Trainer(model=model, args=arguments)
     trainer.create_optimizer_and_scheduler(arguments.max_steps)
     assert type(trainer.optimizer) is torch.optim.RMSprop
@@ -150,6 +156,58 @@ def test_train_sft_saves_what_transformers_loads(trained):
 
 def test_train_sft_encodes_no_text(trained):
     assert set(trained[2]) <= set(_PROBES)  # of the comparison with the saved tokenizer
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """(an adapter, the base that it names and was trained on); the base may be moved away."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = shutil.copytree(MODEL, folder / "base")
+    policy = open_policy(base, replace(FULL, tuning="lora", lora_r=4))
+    policy.model.save_pretrained(folder / "lora")
+    return folder / "lora", base
+
+
+def base_named_in(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_an_adapter_whose_base_has_moved_is_trained_on_the_one_that_is_given_and_names_it(adapter, tmp_path):
+    lora, base = adapter
+    moved = base.rename(base.with_name("moved"))
+    try:
+        rows, settings = write_sft(tmp_path / "sft.jsonl", 8), replace(FULL, tuning="lora", max_steps=1)
+        with pytest.raises(UsageError, match=f"not found: {base}"):
+            train_sft(lora, rows, tmp_path / "none", settings=settings)
+        result = train_sft(lora, rows, tmp_path / "run", settings=settings, base=moved)
+        assert base_named_in(result.folder) == str(moved)
+        assert base_named_in(lora) == str(base)
+        assert open_policy(result.folder, settings).base_name == str(moved)
+    finally:
+        moved.rename(base)
+
+
+def test_an_adapter_is_not_opened_on_another_model_than_its_own(adapter, tmp_path):
+    lora, base = adapter
+    copy, other = shutil.copytree(base, tmp_path / "copy"), shutil.copytree(base, tmp_path / "other")
+    settings = replace(FULL, tuning="lora")
+    assert open_policy(lora, settings, base=copy).base_name == str(copy)  # the same weights by another path
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if "embed" in name)
+    save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=f"was trained on {base}, whose weights differ from those of {other}"):
+        open_policy(lora, settings, base=other)
+
+
+def test_a_run_says_what_whole_batches_leave_out(tmp_path, capsys):
+    settings = replace(FULL, quiet=False, epochs=2)
+    policy = open_policy(MODEL, settings)
+    rows = read_sft_rows(write_sft(tmp_path / "sft.jsonl", 22))
+    choose_rows(rows, policy, settings)
+    assert "22 rows, 4 steps of 8; each epoch leaves out another 6 of them" in capsys.readouterr().out
+    choose_rows(rows, policy, replace(settings, quiet=True))
+    assert capsys.readouterr().out == ""
+    assert batches_line(settings, 16, 4) == "16 rows, 4 steps of 8"
 
 
 def test_train_sft_refuses_a_folder_of_an_earlier_run(trained, tmp_path):

@@ -49,13 +49,6 @@ def test_top1_and_softmax():
     assert probabilities(tried_, StateRule("softmax", temperature=1e-3)) == pytest.approx([0, 0.5, 0.5, 0])
 
 
-def test_value_chooses_what_a_context_is_worth():
-    tried_ = [replace(c, recall=r, reward=w) for c, r, w in zip(candidates(0.2, 0.5), (1, 0.5), (-1, -2), strict=True)]
-    assert probabilities(tried_, StateRule("top1")) == [0, 1]
-    assert probabilities(tried_, StateRule("top1", value="recall")) == [1, 0]
-    assert probabilities(tried_, StateRule("bucket", value="reward")) == [1, 0]  # below 0 weighs nothing, the best 0.5
-
-
 def test_beam_takes_the_best_contexts_and_one_candidate_of_each():
     tried_ = [
         candidate(0.5, sample=0, hits="ab"),
@@ -149,7 +142,6 @@ def test_next_states_refuses_candidates_of_two_questions():
     ("fields", "words"),
     [
         ({"name": "buckets"}, "unknown state rule 'buckets'; did you mean 'bucket'"),
-        ({"value": "app"}, "unknown value of a state 'app'; did you mean 'ap'"),
         ({"temperature": 0.0}, "temperature of the softmax rule"),
         ({"beam": 0}, "at least 1 context"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from http_server import Server
 from serving_folders import (
+    ENSEMBLES,
     ENVIRONMENT,
     FITTED,
     NEW_TOKENS,
@@ -17,12 +18,15 @@ from serving_folders import (
     ROOT,
     STORIES,
     bfloat16_prompts,
+    ensemble_folder,
     fitted_folder,
     heads_folder,
     paging_prompts,
     prompt_ids,
     random_model,
 )
+from small_ensembles import ANSWERS
+from small_ensembles import PROMPTS as DIALOGUES
 
 from llmrl.vllm_compat import vllm_build, why_no_vllm
 
@@ -74,6 +78,16 @@ def parity_folders(tmp_path_factory):
     return folders
 
 
+@pytest.fixture(scope="session")
+def ensembles(tmp_path_factory):
+    """Name -> (exported folder, its base, the heads as they are in training)."""
+    made = {}
+    for name, (architecture, kind) in ENSEMBLES.items():
+        base = random_model(architecture, tmp_path_factory.mktemp("bases") / name) if architecture else STORIES
+        made[name] = ensemble_folder(base, tmp_path_factory.mktemp("ensembles") / name, kind)
+    return made
+
+
 @pytest.fixture(scope="session", autouse=True)
 def in_process_started(request, tmp_path_factory):
     """Start in_process.py before the first test that runs beside it; two cores do the work of two processes."""
@@ -86,6 +100,9 @@ def in_process_started(request, tmp_path_factory):
     tasks = {name: {"kind": "parity", "folder": str(f), **common} for name, (f, _) in get("parity_folders").items()}
     tasks["classes"] = {"kind": "classes", "architectures": sorted({a for a, _, _ in PARITY.values()})}
     tasks["reward"] = {"kind": "reward", "folder": str(get("reward_folder")), "prompts": get("prompts")}
+    for name, (folder, _, _) in get("ensembles").items():
+        task = {"kind": "ensemble", "folder": str(folder), "prompts": DIALOGUES, "answers": ANSWERS}
+        tasks[f"ensemble-{name}"] = task
     for name, blocks in PAGING.items():
         task = {"kind": "paging", "folder": str(get("parity_folders")[name][0]), "blocks": blocks}
         tasks[f"paging-{name}"] = task | {"prompts": paging_prompts(), "new_tokens": NEW_TOKENS}

@@ -124,6 +124,21 @@ def reward(task):
     return [list(output.outputs.probs) for output in outputs]
 
 
+def ensemble(task):
+    """Scores of a reward ensemble behind our client; what classification gives when it is asked for nothing in particular."""
+    from llmrl.hyre.served import ServedEnsemble
+    from llmrl.rollout.vllm_rewards import VllmRewards
+
+    client = VllmRewards(task["folder"], kv_cache_memory_bytes=64 << 20, max_model_len=256, max_num_seqs=8)
+    served = ServedEnsemble(client, task["folder"])
+    prompts = [tuple(map(tuple, prompt)) for prompt in task["prompts"]]
+    texts = [served.text(prompt, answer) for prompt, answer in zip(prompts, task["answers"], strict=True)]
+    plain = client._llm.classify(texts, use_tqdm=False)
+    answer = {"scores": served.scores(prompts, task["answers"]).tolist(), "plain": [o.outputs.probs for o in plain]}
+    client.close()
+    return answer
+
+
 def speculative(task):
     settings = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     LLM(task["folder"], speculative_config=settings, **SMALL)

@@ -60,6 +60,13 @@ FITTED = {
 # of these the second has a sliding window, which vLLM keeps apart from a head that sees everything; with the number of
 # cache blocks: enough for the longest prompt, not for all of `paging_prompts`
 PAGING = {"llama-transformer": 7, "mistral-transformer": 12}
+# reward ensembles: (base, None for the pretrained one; kind of heads); linear heads are stock checkpoints, others the plugin's
+ENSEMBLES = {
+    "stock": (None, "linear"),
+    "stock-gemma3": ("Gemma3ForCausalLM", "linear"),
+    "mlp": (None, "mlp"),
+    "epinet-qwen2": ("Qwen2ForCausalLM", "epinet"),
+}
 
 
 def prompt_ids():
@@ -138,6 +145,16 @@ def heads_folder(base, folder, *, kind="temperature", architecture="linear", out
     folder.mkdir(parents=True)
     save_heads_folder(folder, nn.ModuleDict({kind: head}), config, opened.tokenizer, opened.folder)
     return folder
+
+
+def ensemble_folder(base, folder, kind):
+    """Write a reward ensemble for vLLM; return (folder, base, its heads as they are in training)."""
+    from small_ensembles import random_ensemble
+
+    from llmrl.hyre.export import export_ensemble
+
+    ensemble, unfolded = random_ensemble(base, kind)
+    return export_ensemble(ensemble, folder).folder, base, unfolded
 
 
 def fitted_folder(base, folder, *options):

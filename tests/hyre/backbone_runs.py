@@ -1,0 +1,105 @@
+"""`llmrl hyre train --tuning ...` in processes of its own, which tests start, kill with SIGKILL and resume.
+
+    run(folder, kill=..., ranks=..., **options of TrainConfig)      exit code; what it printed is in folder/log.txt
+
+It writes folder/ensemble; a run that is killed leaves folder/ensemble.training. `kill` is "after_save:N". `ranks` 2 starts two
+processes with gloo (training/sft_run.py). batches-R.jsonl holds the rows that process R saw, by step.
+"""
+
+import functools
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+MODEL = REPO / "examples" / "stories260k"
+RULES = {"commas": lambda text: text.count(","), "length": len}
+
+
+def write_pairs(path, count, rules=RULES, margin=False):
+    """Write pairs of lines of a book, of 10 to 60 letters; each of the groups prefers by a rule of its own."""
+    with gzip.open(REPO / "examples" / "text" / "wizard_of_oz.txt.gz", "rt", encoding="utf-8") as book:
+        lines = [line.strip() for line in book if len(line.strip()) > 60]
+    draw, rows = random.Random(0), []
+    while len(rows) < count:
+        a, b = (line[: draw.randint(10, 60)] for line in draw.sample(lines, 2))
+        group = draw.choice(sorted(rules))
+        better = rules[group](a) - rules[group](b)
+        if better:
+            row = {"chosen": a if better > 0 else b, "rejected": b if better > 0 else a, "group": group}
+            rows.append({**row, **({"margin": len(rows) % 3 / 4} if margin else {})})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@functools.cache
+def server():
+    """Start the process that forks the runs: importing takes longer than a run."""
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    variables = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    command = [sys.executable, __file__]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**variables, **quiet}
+    )
+
+
+def run(folder, **options):
+    """Run the command; return its exit code."""
+    process = server()
+    process.stdin.write(json.dumps({"output_dir": str(folder), **options}) + "\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def sides(folder, processes):
+    """Return for each step (rows of the chosen, rows of the rejected), in the order in which one process would see them."""
+    ranks = []
+    for rank in range(processes):
+        records = [json.loads(line) for line in (folder / f"batches-{rank}.jsonl").read_text().splitlines()]
+        groups = groupby(records, key=lambda record: record["step"])
+        ranks.append([[record["rows"] for record in group] for _, group in groups])
+    steps = []
+    for parts in zip(*ranks, strict=True):
+        forwards = [rows for same in zip(*parts, strict=True) for rows in same]
+        halves = [(rows[: len(rows) // 2], rows[len(rows) // 2 :]) for rows in forwards]
+        steps.append(tuple([row for half in side for row in half] for side in zip(*halves, strict=True)))
+    return steps
+
+
+def main():
+    sys.path[:0] = [str(REPO), str(REPO / "tests" / "training")]
+    import sft_run
+
+    from llmrl.hyre import tune, tune_settings
+    from llmrl.hyre.options import TrainConfig
+    from llmrl.hyre.train import train
+
+    def stage(options):
+        options = {"kill": None, "micro_batch_size": None, "quiet": True, **options}
+        watch = {"sharded": False, "fail": None, "slow": None, "kill": options.pop("kill")}
+        tune.EnsembleTrainer = sft_run.watched(tune.EnsembleTrainer, watch)
+        more, made = (
+            {"micro_batch_size": options.pop("micro_batch_size"), "logging_steps": 3},
+            tune_settings.settings_of,
+        )
+        tune_settings.settings_of = lambda config: replace(made(config), **more)
+        folder = Path(options.pop("output_dir"))
+        train(TrainConfig(**{"base": str(MODEL), "output_dir": str(folder / "ensemble"), **options}))
+
+    sft_run.run = stage
+    return sft_run.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
