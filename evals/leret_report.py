@@ -43,7 +43,7 @@ def write_tables(config: Any, names: Sequence[str], parts: Mapping[str, set[str]
     reports = {name: pooled({seed: folder / name for seed, folder in folders.items()}, config.draws) for name in names}
     claims = [claim for name in names for claim in claims_of(name, reports[name])]
     for hop_2 in ("any", "unseen"):  # of each set alone, which together may hide what one of them says
-        for part, ids in parts.items():
+        for part, ids in parts.items() if len(parts) > 1 else ():
             tested = {seed: folder / f"test-{hop_2}" for seed, folder in folders.items()}
             claims += claims_of(f"{part}-{hop_2}", pooled(tested, config.draws, ids))
     facts: dict[str, Any] = {"claims": claims, "runs": _stages(folders), "few_shot": _few_shot(folders["0"])}

@@ -121,7 +121,7 @@ class Scored:
 
 
 class HyreReward:
-    """A reward function of trl's trainers (GRPO, RLOO, online DPO); made by `hyre_reward`.
+    """A reward function as trl's GRPOTrainer and RLOOTrainer call it; made by `hyre_reward`.
 
     Attributes:
         last: the last batch; None before the first.

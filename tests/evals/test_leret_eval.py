@@ -88,6 +88,19 @@ def test_tables_hold_every_row_and_every_claim(done):
     assert {path.name for path in done[0].glob("*.png")} == {"leret-any.png", "leret-unseen.png"}
 
 
+def test_a_part_of_the_questions_is_pooled_alone(done, modules, world):
+    folders = {str(seed): world / "work" / f"seed-{seed}" / "test-any" for seed in (0, 1)}
+    whole = modules["leret_report"].pooled(folders, 50)
+    rows = [json.loads(line) for line in (folders["0"] / "outcomes.jsonl").read_text().splitlines()]
+    ids = sorted({row["question_id"] for row in rows})
+    halves = [modules["leret_report"].pooled(folders, 50, set(part)) for part in (ids[:3], ids[3:])]
+    sizes = [half["questions"] for half in halves]
+    assert (sizes, whole["questions"]) == ([3, len(ids) - 3], len(ids))
+    means = [half["systems"]["policy"]["recall"]["value"] for half in halves]
+    mixed = sum(size * mean for size, mean in zip(sizes, means, strict=True)) / len(ids)
+    assert mixed == pytest.approx(whole["systems"]["policy"]["recall"]["value"], abs=1e-6)
+
+
 def test_longer_control_takes_the_steps_of_both_stages_on_the_same_rows(done, world):
     for seed in (0, 1):
         folder = world / "work" / f"seed-{seed}"

@@ -256,6 +256,27 @@ def test_a_tied_output_embedding_is_trained_as_the_input_embedding_and_saved_onc
     assert {"heads.weight", "heads.shift", "heads.scale"} <= state.keys()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.kind}-{s.prior}")
+def test_trained_state_brings_everything_but_the_frozen_base_back(llama, shape):
+    def made(seed, heads=3):
+        base = make_trainable(AutoModelForCausalLM.from_pretrained(llama), "lora", 3, seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.1, generator=generator)
+        features = torch.randn(6, 32, generator=generator)
+        return EnsembleRewardModel(base, parts(features, heads, shape, seed)[2])
+
+    first, second = made(1), made(2)
+    ids, mask = torch.tensor(ROWS[:1]), torch.ones(1, len(ROWS[0]), dtype=torch.long)
+    assert (first.scores(ids, mask) - second.scores(ids, mask)).abs().max() > 1e-2
+    second.load_trained_state(first.trained_state())
+    assert torch.equal(first.scores(ids, mask), second.scores(ids, mask))
+    with pytest.raises(CheckpointError, match=r"of another model or of other heads \(heads\."):
+        second.load_trained_state(made(1, heads=2).trained_state())
+
+
 def test_log_gives_each_head_its_own_rows(llama, tmp_path, monkeypatch):
     model, examples, plan = reward_model(llama)
     objective = Objective(torch.from_numpy(plan.signs))

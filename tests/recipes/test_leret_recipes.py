@@ -56,7 +56,7 @@ def test_the_script_trains_unless_told_otherwise(recipe):
     assert code == 2
     assert (
         err
-        == "llmrl: --policy rules has no model to train; llmrl leret explore writes pairs that any model can learn from\n"
+        == "llmrl: --policy rules has no model to train; llmrl leret explore writes pairs as text, which trl's trainers read\n"
     )
     code, _, err = recipe("--confg", "x.yaml")
     assert (code, "unknown option --confg; did you mean --config?" in err) == (2, True)
