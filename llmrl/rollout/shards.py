@@ -258,8 +258,10 @@ def claim_run(folder: Path | str, rows: Sequence[Mapping[str, Any]], samples: in
     ids, mine = describe_run(rows, samples, **identity)
     path = Path(folder) / "run.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    # looked for in this order: another process writes run.json first and its shards after it
+    holds_shards = any((path.parent / "shards").glob("*.jsonl"))
     if not path.exists():
-        if any((path.parent / "shards").glob("*.jsonl")):
+        if holds_shards:
             raise OutputError(f"{path.parent} holds shards and no run.json to say of which run: choose another output")
         write_json(path, mine)
     theirs = _flat(_read_identity(path.parent))  # another process may have written it in between

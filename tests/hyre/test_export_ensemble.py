@@ -1,6 +1,7 @@
 """What is exported gives every head's score: in transformers' own classes, and read back as an ensemble."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from small_ensembles import ANSWERS, PROMPTS, last_states, random_ensemble, unfo
 
 from llmrl.encoder import default_encoder
 from llmrl.errors import HeadMismatchError, ModelError, OutputError, UsageError
+from llmrl.fingerprints import fingerprint_weights
 from llmrl.hyre import export
 from llmrl.hyre.ensemble import load_ensemble
 from llmrl.hyre.export import export_ensemble, padding_id
 from llmrl.hyre.pairs import plain_text
+from llmrl.rollout.model_facts import read_facts
 
 # the stories tokenizer has no template: these are the texts an ensemble on it reads
 TEXTS = [plain_text(prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
@@ -84,6 +87,9 @@ def test_export_ensemble_stock_configuration(exported):
     assert set(index["weight_map"].values()) == {"model.safetensors"}
     assert "score.weight" in index["weight_map"]
     assert not [name for name in index["weight_map"] if name.startswith("lm_head")]
+    facts = read_facts(str(done.folder))  # to the engines, too, it is a plain checkpoint
+    assert facts.architecture == config["architectures"][0]
+    assert facts.fingerprint == fingerprint_weights(done.folder).removeprefix("sha256:")
     assert "served --port" in (done.folder / "README.md").read_text()
 
 
@@ -142,6 +148,18 @@ def test_export_ensemble_keeps_scores_in_float32_beside_a_base_in_16_bits(tiny_m
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert json.loads((done.folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert done.difference < 1e-5  # compared in float32, as is the promise
+
+
+def test_export_ensemble_of_a_base_that_lies_in_its_folder(tiny_model, tmp_path):
+    """As of an ensemble whose base was trained with it."""
+    shutil.copytree(tiny_model("llama"), tmp_path / "trained" / "base")
+    ensemble, _ = random_ensemble(tmp_path / "trained" / "base")
+    wanted = ensemble.scores(PROMPTS, ANSWERS)
+    ensemble.base_name = "base"
+    ensemble.save(tmp_path / "trained")
+    done = export_ensemble(load_ensemble(tmp_path / "trained"), tmp_path / "out")
+    assert done.form == "stock"
+    assert np.abs(load_ensemble(done.folder).scores(PROMPTS, ANSWERS) - wanted).max() < 1e-6
 
 
 def test_export_ensemble_leaves_out_probes_that_the_ensemble_does_not_read(tiny_model, tmp_path):

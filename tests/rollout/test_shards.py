@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -255,3 +256,21 @@ def test_interrupt_in_the_middle_of_a_line_leaves_no_part_of_it(tmp_path, monkey
         writer.write(("c", 0), {"said": 3}, position=2)
     assert read_shards(tmp_path) == {("b", 0): {"said": 1}, ("c", 0): {"said": 3}}
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_another_process_begins_meanwhile_is_joined(tmp_path, monkeypatch):
+    """Between the two looks of one process another writes run.json, and then its first shard."""
+    rows = [{"id": "a"}]
+    real = Path.exists
+
+    def late(path, **options):
+        found = real(path, **options)
+        if path.name == "run.json" and not found:
+            monkeypatch.setattr(Path, "exists", real)
+            claim_run(tmp_path, rows, 1, seed=0)
+            (tmp_path / "shards").mkdir()
+            (tmp_path / "shards" / "0.jsonl").write_text("{}\n")
+        return found
+
+    monkeypatch.setattr(Path, "exists", late)
+    assert claim_run(tmp_path, rows, 1, seed=0) == ["a"]
