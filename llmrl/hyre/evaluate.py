@@ -198,7 +198,7 @@ def harm(adapted: Array, before: Array) -> dict[str, float]:
         before: `[users, draws]`.
     """
     change = adapted.mean(1) - before.mean(1)
-    return {"share": float((change < 0).mean()), "mean": float(-np.minimum(change, 0).mean() / before.mean())}
+    return {"share": float((change < 0).mean()), "mean": float(np.maximum(-change, 0).mean() / before.mean())}
 
 
 def crossover(values: Mapping[tuple[str, int], Array], sizes: Sequence[int]) -> int | None:
