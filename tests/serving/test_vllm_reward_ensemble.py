@@ -47,15 +47,16 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def urls(ensembles, tmp_path_factory):
-    """Name -> URL of a server; three start side by side."""
+    """Name -> URL of a server; three start side by side, with one GiB of cache each where `llmrl serve` would take four."""
     logs = tmp_path_factory.mktemp("ensemble_servers")
     llmrl_serve = [sys.executable, "-m", "llmrl.cli", "serve"]
     vllm_serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
     commands = {name: [*llmrl_serve, str(ensembles[name][0])] for name in SERVED}
     commands["encoder"] = [*vllm_serve, default_encoder(), "--runner=pooling", "--dtype=float32", "--host=127.0.0.1"]
+    environment = ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with contextlib.ExitStack() as stack:
         started = {
-            name: stack.enter_context(Server(command, logs / name, ENVIRONMENT, options=("--max-model-len=256",)))
+            name: stack.enter_context(Server(command, logs / name, environment, options=("--max-model-len=256",)))
             for name, command in commands.items()
         }
         for server in started.values():
