@@ -10,7 +10,6 @@ from small_ensembles import random_ensemble, unfolded_scores, weighted_user
 
 from llmrl.hyre.reward import METRIC, hyre_reward
 
-pytestmark = pytest.mark.slow
 TINY_LM = Path(__file__).parents[2] / "examples" / "tiny_lm"
 STEPS, ROWS = 3, 8
 PROMPTS = [
