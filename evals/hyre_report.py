@@ -82,11 +82,24 @@ def controls(found: Mapping[str, Any]) -> list[str]:
             of = found[name][n]
             cells = [cell(of[key], signed=True) for key in ("hyre - uniform", "hyre-auto - uniform")]
             rows.append([name, n, *cells, f"{of['guarded']:.0%}"])
+    names = ("none", "gain", "gain + error")
+    guarded = [
+        [
+            kind,
+            n,
+            f"{100 * of['uniform']:.1f}",
+            *(f"{100 * of[g]['accuracy']:.1f} ({of[g]['kept']:.0%})" for g in names),
+        ]
+        for kind, sizes in found["guards"].items()
+        for n, of in sizes.items()
+    ]
     warning = str(found["heads that agree"]["warning"]).split("\n")[0]
     return [
         "## Negative controls",
         aligned_table(["", "labels", "hyre - uniform, points", "with choice and guard", "guard fell back"], rows),
         f"Of heads that agree, training says: {warning}",
+        "Guards on natural users: accuracy in percent (how often the uniform ensemble is kept)",
+        aligned_table(["", "labels", "uniform", *names], guarded),
     ]
 
 
