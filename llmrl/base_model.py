@@ -150,6 +150,11 @@ def is_adapter(name: str | Path) -> bool:
     return (Path(name).expanduser() / ADAPTER_CONFIG).is_file()
 
 
+def bare_model(model: Any) -> Any:
+    """Return the causal LM inside peft's model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def merge_adapter(adapter: Path, folder: Path, *, dtype: str = "auto") -> None:
     """Merge a PEFT adapter into its base and write the result as a plain checkpoint.
 

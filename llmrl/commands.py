@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmrl.config import parse_config
@@ -71,6 +71,23 @@ def run_rollout(argv: list[str], prog: str = "llmrl rollout") -> int:
         raise Interrupted("interrupted before anything was sampled; run the same command again") from None
 
 
+def _named_action(
+    argv: list[str], prog: str, actions: Mapping[str, str], what: str
+) -> tuple[str | None, list[str], str]:
+    """Return (action, options, program's name) of a command line that begins with one of the actions; help leaves no action.
+
+    Raises:
+        UsageError: it begins with something else.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name:<8} {text}" for name, text in actions.items())
+        print(f"usage: {prog} ACTION ...\n\n{what}\n\nactions:\n{lines}\n\n{prog} ACTION --help lists its options.")
+        return None, [], prog
+    if argv[0] not in actions:
+        raise UsageError(f"unknown action '{argv[0]}'{did_you_mean(argv[0], actions)}")
+    return argv[0], argv[1:], f"{prog} {argv[0]}"
+
+
 _LERET = {
     "explore": "Try search queries in every style, score what they find, write preference pairs and the headroom report.",
     "train": "Explore and train, round after round; goes on with what explore left in the same --output_dir.",
@@ -89,14 +106,9 @@ def run_leret(argv: list[str], prog: str = "llmrl leret", action: str | None = N
     from llmrl.leret.options import LeretConfig
 
     if action is None:
-        if not argv or argv[0] in ("-h", "--help"):
-            lines = "\n".join(f"  {name:<8} {text}" for name, text in _LERET.items())
-            print(f"usage: {prog} ACTION ...\n\nteach a language model to search by trying\n\nactions:\n{lines}")
-            print(f"\n{prog} ACTION --help lists the options; all actions take the same.")
-            return EXIT_DONE
-        action, argv, prog = argv[0], argv[1:], f"{prog} {argv[0]}"
-    if action not in _LERET:
-        raise UsageError(f"unknown action '{action}'{did_you_mean(action, _LERET)}")
+        action, argv, prog = _named_action(argv, prog, _LERET, "teach a language model to search by trying")
+    if action is None:
+        return EXIT_DONE
     config = parse_config(LeretConfig, argv, prog=prog, description=_LERET[action])
     quiet_libraries(config.quiet)
     from llmrl.leret import run
@@ -131,16 +143,9 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
     from llmrl.hyre import options, query_options
 
     if action is None:
-        if not argv or argv[0] in ("-h", "--help"):
-            lines = "\n".join(f"  {name:<8} {text}" for name, text in _HYRE.items())
-            print(
-                f"usage: {prog} ACTION ...\n\none reward ensemble, fitted to a user by a few labels\n\nactions:\n{lines}"
-            )
-            print(f"\n{prog} ACTION --help lists the options.")
-            return EXIT_DONE
-        action, argv, prog = argv[0], argv[1:], f"{prog} {argv[0]}"
-    if action not in _HYRE:
-        raise UsageError(f"unknown action '{action}'{did_you_mean(action, _HYRE)}")
+        action, argv, prog = _named_action(argv, prog, _HYRE, "one reward ensemble, fitted to a user by a few labels")
+    if action is None:
+        return EXIT_DONE
     classes: dict[str, Any] = {
         "train": options.TrainConfig,
         "adapt": options.AdaptConfig,

@@ -40,7 +40,7 @@ def read_objects(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path}:{number}"
             text = _decode(raw, where, first=number == 1)
             if text.strip():
-                yield where, _parse(text, where)
+                yield where, parse_object(text, where)
 
 
 def write_objects(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -121,7 +121,17 @@ def _decode(raw: bytes, where: str, *, first: bool) -> str:
         raise DataError(f"{where}: not UTF-8 (byte {error.start} of the line); convert the file") from error
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def parse_object(text: str, where: str, expected: str = "an object") -> dict[str, Any]:
+    """Return the JSON object in a line.
+
+    Args:
+        text: the line.
+        where: "FILE:LINE".
+        expected: what an object of this file is, for the refusal.
+
+    Raises:
+        DataError: it is not JSON that can be read, or not an object.
+    """
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
@@ -129,5 +139,5 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
         raise DataError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object, got {type(row).__name__}")
+        raise DataError(f"{where}: expected {expected}, got {type(row).__name__}")
     return row

@@ -17,6 +17,7 @@ from typing import Any
 from llmrl.ats.forms import FORMS, is_multiple_choice, known_form
 from llmrl.errors import DataError
 from llmrl.files import resolve_reference
+from llmrl.jsonl import parse_object
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
 
@@ -116,7 +117,9 @@ def _read_file(path: Path) -> Iterator[Row]:
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         for number, line in enumerate(_decode(path).split("\n"), start=1):
             if line.strip():
-                yield _check_row(_parse_line(line, f"{path}:{number}"), f"{path}:{number}", str(path))
+                yield _check_row(
+                    parse_object(line, f"{path}:{number}", f"an object with {FORMS}"), f"{path}:{number}", str(path)
+                )
     elif path.name.endswith(".parquet"):
         for number, fields in enumerate(_read_parquet(path), start=1):
             yield _check_row(fields, f"{path}:{number}", str(path))
@@ -136,18 +139,6 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start}); convert the file") from error
-
-
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
-        raise DataError(f"{where}: not JSON that can be read ({str(error).splitlines()[0]})") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: expected an object with {FORMS}, got {type(fields).__name__}")
-    return fields
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:

@@ -16,22 +16,23 @@ so that training begins where the frozen fit ended.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from llmrl.base_model import bare_model
 from llmrl.errors import CheckpointError
 from llmrl.heads_forward import decoder_of, states_of
 from llmrl.hyre.fit import Pairs, TrainedHeads, row_losses
 from llmrl.hyre.metrics import disagreement
 from llmrl.reward_heads import RewardHead
+from llmrl.training.batches import WholeBatches
 from llmrl.training.checkpoint import SafeCheckpoints
 from llmrl.training.resume import compare_runs
 
@@ -94,11 +95,6 @@ class EnsembleRewardModel(nn.Module):
                 f"the checkpoint is of another model or of other heads ({other[0]}): resume with the options it was made with"
             )
         self.load_state_dict(state, strict=False)
-
-
-def bare_model(model: Any) -> Any:
-    """Return the causal LM inside peft's model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def make_trainable(model: Any, tuning: str, lora_r: int, seed: int) -> Any:
@@ -205,27 +201,6 @@ class RewardPairCollator:
         weights = torch.stack([example["weights"] for example in examples])
         margin = torch.tensor([example["margin"] for example in examples], dtype=torch.float32)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "weights": weights, "margin": margin}
-
-
-class WholeBatches(Sampler[int]):
-    """Row numbers of an epoch in an order drawn from (seed, epoch), as many as fill whole global batches.
-
-    With several forwards a step the loader's own drop_last counts forwards, and an epoch would end in a smaller step.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; the trainer calls this."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows // self.batch_size * self.batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
-        return iter(order[: len(self)].tolist())
 
 
 class EnsembleTrainer(SafeCheckpoints):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmrl.base_model import bare_model
 from llmrl.leret.losses import SequenceLogps, sequence_logps
-from llmrl.leret.policy_files import bare_model
 
 
 def completion_logps(model: Any, batch: Mapping[str, Tensor]) -> tuple[SequenceLogps, SequenceLogps]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmrl.base_model import ADAPTER_CONFIG, is_adapter, load_tokenizer, open_causal_lm
+from llmrl.base_model import ADAPTER_CONFIG, bare_model, is_adapter, load_tokenizer, open_causal_lm
 from llmrl.errors import LlmrlError, ModelError, UsageError
 from llmrl.files import publish_folder, resolve_reference, staging_folder
 from llmrl.fingerprints import fingerprint_template, fingerprint_tokenizer
@@ -54,11 +54,6 @@ class Policy:
     def is_lora(self) -> bool:
         """Whether an adapter is trained and its base is frozen."""
         return self.bare is not self.model
-
-
-def bare_model(model: Any) -> Any:
-    """Return the causal LM inside peft's model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def open_policy(model: Any, settings: TrainSettings, tokenizer: Any = None, base: Path | str | None = None) -> Policy:

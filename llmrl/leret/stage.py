@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback
 
@@ -18,34 +17,12 @@ from llmrl.errors import DistributedError, OutputError
 from llmrl.leret.policy_files import Policy, save_policy
 from llmrl.leret.preference_data import Row, check_vocabulary, fit_to_length
 from llmrl.leret.train_settings import TrainSettings, steps_of
-from llmrl.rollout.seeds import derive_seed
+from llmrl.training.batches import WholeBatches
 from llmrl.training.distributed import check_processes, is_main_process, world_size
 from llmrl.training.resume import list_checkpoints
 from llmrl.training.tracking import check_tracker
 
 logger = logging.getLogger(__name__)
-
-
-class WholeBatches(Sampler[int]):
-    """Row numbers of an epoch in an order drawn from (seed, epoch), as many as fill whole global batches.
-
-    With gradient accumulation the loader's own drop_last counts forwards, not steps, and an epoch would end in a smaller step
-    on one process and not on two.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; the trainer calls this."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows // self.batch_size * self.batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        return iter(torch.randperm(self.rows, generator=generator)[: len(self)].tolist())
 
 
 class Stage:

@@ -7,13 +7,13 @@ error of its own, under its id, and the others go on.
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from pathlib import Path
 from typing import Any
 
 from llmrl.errors import DataError, RequestError, UsageError
+from llmrl.jsonl import parse_object
 from llmrl.rollout.chat import Conversation
 from llmrl.types import Message
 
@@ -34,7 +34,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        row = _row(line, f"{path}:{number}")
+        row = parse_object(line, f"{path}:{number}", "an object with 'prompt' or 'messages'")
         if row.get("id") is None:  # data sets written with null for what is not there
             row["id"] = str(len(rows))
         row_id = row["id"]
@@ -111,13 +111,3 @@ def _check_control(text: str, tokenizer: Any, mend: str) -> None:
         # Llama 2 writes [INST] as plain letters: what a model's own template writes is no stranger
         if found not in known and found not in str(tokenizer.chat_template or ""):
             raise RequestError(f"holds {found}, a control token that this model's tokenizer does not know; {mend}")
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with 'prompt' or 'messages', got {type(row).__name__}")
-    return row

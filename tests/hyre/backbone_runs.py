@@ -9,15 +9,13 @@ processes with gloo (training/sft_run.py). batches-R.jsonl holds the rows that p
 import functools
 import gzip
 import json
-import os
 import random
-import subprocess
 import sys
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+from forked_runs import REPO, call, forwards, training_script
+
 MODEL = REPO / "examples" / "stories260k"
 RULES = {"commas": lambda text: text.count(","), "length": len}
 
@@ -38,49 +36,20 @@ def write_pairs(path, count, rules=RULES, margin=False):
     return path
 
 
-@functools.cache
-def server():
-    """Start the process that forks the runs: importing takes longer than a run."""
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    variables = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    command = [sys.executable, __file__]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**variables, **quiet}
-    )
-
-
-def run(folder, **options):
-    """Run the command; return its exit code."""
-    process = server()
-    process.stdin.write(json.dumps({"output_dir": str(folder), **options}) + "\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
+run = functools.partial(call, __file__)
 
 
 def sides(folder, processes):
     """Return for each step (rows of the chosen, rows of the rejected), in the order in which one process would see them."""
-    ranks = []
-    for rank in range(processes):
-        records = [json.loads(line) for line in (folder / f"batches-{rank}.jsonl").read_text().splitlines()]
-        groups = groupby(records, key=lambda record: record["step"])
-        ranks.append([[record["rows"] for record in group] for _, group in groups])
     steps = []
-    for parts in zip(*ranks, strict=True):
-        forwards = [rows for same in zip(*parts, strict=True) for rows in same]
-        halves = [(rows[: len(rows) // 2], rows[len(rows) // 2 :]) for rows in forwards]
+    for step in forwards(folder, processes):
+        halves = [(rows[: len(rows) // 2], rows[len(rows) // 2 :]) for rows in step]
         steps.append(tuple([row for half in side for row in half] for side in zip(*halves, strict=True)))
     return steps
 
 
 def main():
-    sys.path[:0] = [str(REPO), str(REPO / "tests" / "training")]
-    import sft_run
-
+    sft_run = training_script()
     from llmrl.hyre import tune, tune_settings
     from llmrl.hyre.options import TrainConfig
     from llmrl.hyre.train import train

@@ -10,37 +10,17 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+from forked_runs import call, training_script
+
 DEFAULTS = {"model": "scripted", "kill": None, "questions": [3, 4, 5, 6]}
 
 
-@functools.cache
-def server():
-    """Start the process that forks the runs: importing takes longer than a run."""
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    variables = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    return subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables | quiet
-    )
-
-
-def run(output_dir, **options):
-    """Explore; return the exit code."""
-    process = server()
-    process.stdin.write(json.dumps({"output_dir": str(output_dir), **options}) + "\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
+run = functools.partial(call, __file__)
 
 
 def explore(options):
@@ -100,8 +80,7 @@ def killing(number):
 
 
 def main():
-    sys.path[:0] = [str(REPO), str(REPO / "tests" / "training")]
-    import sft_run
+    sft_run = training_script()
     from explore_world import tokenizer
     from transformers import LlamaForCausalLM  # noqa: F401
 

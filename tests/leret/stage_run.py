@@ -6,17 +6,12 @@
 """
 
 import functools
-import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from itertools import groupby
-from pathlib import Path
 
 import torch
+from forked_runs import REPO, call, training_script
 
-REPO = Path(__file__).resolve().parents[2]
 MODEL = REPO / "examples" / "stories260k"
 DEFAULTS = {
     "stage": "preference", "rows": None, "model": str(MODEL), "resume": None, "kill": None, "settings": {}, "objective": {},
@@ -24,38 +19,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-@functools.cache
-def server():
-    """Start the process that forks the runs: importing takes longer than a run."""
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    variables = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    command = [sys.executable, __file__]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**variables, **quiet}
-    )
-
-
-def run(output_dir, **options):
-    """Run one stage; return its exit code."""
-    process = server()
-    process.stdin.write(json.dumps({"output_dir": str(output_dir), **options}) + "\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
-
-
-def forwards(folder, processes):
-    """Return for each step the rows of its forwards, in the order in which a single process would see them."""
-    ranks = []
-    for rank in range(processes):
-        records = [json.loads(line) for line in (folder / f"batches-{rank}.jsonl").read_text().splitlines()]
-        groups = groupby(records, key=lambda record: record["step"])
-        ranks.append([[record["rows"] for record in group] for _, group in groups])
-    return [[rows for same in zip(*parts, strict=True) for rows in same] for parts in zip(*ranks, strict=True)]
+run = functools.partial(call, __file__)
 
 
 def nll(model, prompt, completion):
@@ -66,9 +30,7 @@ def nll(model, prompt, completion):
 
 
 def main():
-    sys.path[:0] = [str(REPO), str(REPO / "tests" / "training")]
-    import sft_run
-
+    sft_run = training_script()
     from llmrl.leret import preference, sft
     from llmrl.leret.train_settings import TrainSettings
 

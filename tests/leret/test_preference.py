@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forked_runs import forwards
 from safetensors.torch import load_file
 from stage_rows import END, MODEL, write_pairs
-from stage_run import forwards, nll, run
+from stage_run import nll, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from llmrl.errors import CheckpointError, DataError, DistributedError, ModelError, UsageError

@@ -7,9 +7,10 @@ from itertools import chain
 
 import pytest
 import torch
+from forked_runs import forwards
 from safetensors.torch import load_file, save_file
 from stage_rows import MODEL, write_sft
-from stage_run import forwards, nll, run
+from stage_run import nll, run
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llmrl.errors import DataError, OutputError, UsageError
