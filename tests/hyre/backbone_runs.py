@@ -17,6 +17,14 @@ from pathlib import Path
 from forked_runs import REPO, call, forwards, training_script
 
 MODEL = REPO / "examples" / "stories260k"
+ROWS = [
+    [5, 9, 2, 30, 7],
+    [5, 9],
+    [8, 8, 8, 3],
+    [11],
+    [40, 41, 42],
+    [5, 60, 61, 62, 63, 64],
+]  # ids of texts
 RULES = {"commas": lambda text: text.count(","), "length": len}
 
 
