@@ -84,6 +84,7 @@ def _picture(path: Path, found: dict[str, Any]) -> None:
     for name, of in found["criteria"].items():
         style = {"color": "#333333", "lw": 2, "ls": "--"} if name == "random" else {"lw": 1.3}
         axes.plot(range(len(of["curve"])), [100 * v for v in of["curve"]], label=name.replace("_", " "), **style)
+    axes.set_xticks(range(0, QUERIES + 1, 5))
     axes.set_xlabel("answers of one user")
     axes.set_ylabel("pairs of that user ranked right, %")
     axes.set_title(

@@ -41,5 +41,5 @@ def collapse_warning(share: float, heads: int) -> str | None:
         return None
     return (
         f"the {heads} heads disagree on {share:.1%} of held-out pairs, below {LEAST_DISAGREEMENT:.0%}: reweighting them moves "
-        "next to nothing\ngive the pairs a 'group' column (who labelled them), or try --diversity cluster or --heads_prior mlp"
+        "next to nothing\ngive the pairs a 'group' column (who labelled them), or try --diversity cluster or --prior mlp"
     )

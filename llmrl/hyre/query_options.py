@@ -23,7 +23,7 @@ class QueryConfig:
     labels: str | None = option(
         None, help="JSONL the answers are appended to (default: --output with .labels.jsonl for its suffix)"
     )
-    criterion: str = option("variance", choices=_CRITERIA, help="which pair is asked next")
+    criterion: str = option("bald", choices=_CRITERIA, help="which pair is asked next")
     most: int | None = option(None, help="stop after this many labels (default: no limit)")
     refine: bool = option(False, help="also fine-tune a linear correction, from the reweighted ensemble")
     stop: bool = option(True, help="stop when the last 5 labels changed next to nothing that is decided about the pool")

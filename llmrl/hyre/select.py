@@ -80,7 +80,7 @@ def choose(
     The default stands unless the best candidate beats it in a paired t test of the labels' log predictives (two-sided, 5%):
     with few labels leave-one-out likes sharp weights, which are worse on new pairs. The guard falls back to the prior
     when the prior alone predicts the labels better than the others do, from three labels on. A guard that asked for more, a
-    gain of one standard error, would cost real users three points at five labels (docs/hyre.md).
+    gain of one standard error, costs users with true labels another point and a half at five labels (docs/hyre.md).
 
     Args:
         outputs: `[n, K]` margins or logits.

@@ -196,7 +196,7 @@ def test_query_options_are_checked_and_load_neither_torch_nor_numpy():
     assert query_options._CRITERIA == acquire.CRITERIA
     line = ["--model", "m", "--pairs", "a.jsonl,b.jsonl", "--output", "u.json", "--stop", "false", "--most", "3"]
     config = parse_config(QueryConfig, line, prog="p", description="d")
-    assert (config.pairs, config.stop, config.most, config.criterion) == (["a.jsonl", "b.jsonl"], False, 3, "variance")
+    assert (config.pairs, config.stop, config.most, config.criterion) == (["a.jsonl", "b.jsonl"], False, 3, "bald")
     for wrong in (["--most", "0"], ["--seed=-1"], ["--labels", "x.json"], ["--criterion", "best"]):
         with pytest.raises(UsageError):
             parse_config(QueryConfig, [*line[:6], *wrong], prog="p", description="d")
