@@ -5,6 +5,8 @@
     uci         regression where the test is a shift along the first component
     controls    shuffled labels, an ensemble whose heads agree
     active      which pair to ask next, over simulated users
+    diversity   what each head sees: users in groups, hard EM, clusters, bootstrap, priors
+    speed       what a label and the training of 100 heads cost (needs no data)
 
 `--data` holds the folders persona_evals, hh_harmless, alpacaeval_prefs and uci (JSONL and CSV as published; none of them is in
 this repository). Features are of the frozen all-MiniLM-L6-v2. Settings are the defaults of `llmrl hyre train`; what was looked
@@ -21,7 +23,7 @@ from pathlib import Path
 from llmrl.config import option, parse_config
 from llmrl.errors import EXIT_DONE, UsageError, run_command
 
-PARTS = ("persona", "sides", "uci", "controls", "active")
+PARTS = ("persona", "sides", "uci", "controls", "active", "diversity", "speed")
 
 
 @dataclass

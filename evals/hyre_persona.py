@@ -13,7 +13,7 @@ from llmrl.hyre.evaluate import UserPairs, table
 from llmrl.hyre.evaluation import users_of
 from llmrl.hyre.options import TrainConfig
 from llmrl.hyre.pairs import read_pairs
-from llmrl.hyre.plots import accuracy_curves, heat_map, reliability, weight_bars
+from llmrl.hyre.plots import accuracy_curves, heat_map, query_traces, reliability, weight_bars
 from llmrl.hyre.train import train
 from llmrl.training.run import environment
 from llmrl.training.tracking import progress_bar
@@ -66,6 +66,7 @@ def _pictures(config: Any, output: Path, users: list[UserPairs]) -> None:
     from llmrl.hyre.evaluation import heat_map as heads
 
     ensemble, _ = trained(config, 0)
-    heat_map(output / "hyre-persona-heads.png", heads(users), ensemble.names)
+    heat_map(output / "hyre-persona-heads.png", heads(users))
     weight_bars(output / "hyre-persona-weights.png", users[:4], ensemble.names)
     reliability(output / "hyre-persona-reliability.png", users, labels=5)
+    query_traces(output / "hyre-persona-queries.png", users[:4], ensemble.names)

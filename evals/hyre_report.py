@@ -21,6 +21,8 @@ def write_summary(output: Path) -> None:
         ("uci", uci),
         ("controls", controls),
         ("active", active),
+        ("diversity", diversity),
+        ("speed", speed),
     ):
         file = output / f"hyre-{name}.json"
         if file.is_file():
@@ -118,3 +120,30 @@ def active(found: Mapping[str, Any]) -> list[str]:
         f"## Which pair to ask: {found['users']} simulated users",
         aligned_table(["criterion", "2 labels", "5", "10", "20", "mean over 1 to 20", "minus random, points"], rows),
     ]
+
+
+def diversity(found: Mapping[str, Any]) -> list[str]:
+    """Return the recipes of what each head sees."""
+    rows = [
+        [name, f"{of['disagreement']:.1%}", *(cell(of[n]) for n in ("0", "1", "5", "20"))]
+        for name, of in found["recipes"].items()
+    ]
+    return [
+        f"## What makes heads differ: natural users of {found['seeds']} splits",
+        aligned_table(["heads see", "two heads disagree", "no label", "n = 1", "5", "20"], rows),
+    ]
+
+
+def speed(found: Mapping[str, Any]) -> list[str]:
+    """Return what labels and training cost."""
+    rows = [[name.replace("_", " "), _seconds(value)] for name, value in found["seconds"].items()]
+    return [
+        "## Speed",
+        f"{found['heads']} heads, {found['labels']} labels a user, {found['users']:,} users; training on {found['pairs']:,} "
+        f"pairs, features of width {found['width']}; {found['threads']} thread(s).",
+        aligned_table(["", "median time"], rows),
+    ]
+
+
+def _seconds(value: float) -> str:
+    return f"{1e6 * value:.1f} us" if value < 1e-3 else f"{1e3 * value:.1f} ms" if value < 1 else f"{value:.1f} s"

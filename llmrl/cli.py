@@ -12,7 +12,7 @@ _COMMANDS = {
     "calibrate": "make a model's token probabilities mean something; --verify checks a calibrated one on new data",
     "rollout": "sample answers to a file of prompts with transformers, vLLM or vLLM servers",
     "leret": "teach a model to search by trying: explore queries, train on the preferences, evaluate",
-    "hyre": "one reward ensemble, fitted to a user or a domain by a few labels: train, adapt, query, score, eval",
+    "hyre": "one reward ensemble, fitted to a user or a domain by a few labels: train, adapt, query, score, eval, export",
     "serve": "serve a folder llmrl wrote, or any model, with vLLM; --workers N starts several, --sync takes new weights",
     "doctor": "versions found and wanted, which backends work, GPU and memory",
 }

@@ -129,11 +129,12 @@ _HYRE = {
     "query": "Ask A or B in the terminal, the most telling pair first; every answer is kept at once.",
     "eval": "Accuracy against labels on users it was not trained on, beside fine-tuning and every other way to use them.",
     "score": "Write the margin of chosen over rejected of every pair, for one user or for all heads alike.",
+    "export": "Write an ensemble on a causal LM as one checkpoint with K scores, for transformers and vLLM.",
 }
 
 
 def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = None) -> int:
-    """Parse options, then train, adapt or score; return the exit code.
+    """Parse options, then do the action; return the exit code.
 
     Args:
         argv: arguments without the program's name; the first is the action unless `action` is given.
@@ -152,10 +153,11 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
         "score": options.ScoreConfig,
         "query": query_options.QueryConfig,
         "eval": options.EvalConfig,
+        "export": options.ExportConfig,
     }
     config = parse_config(classes[action], argv, prog=prog, description=_HYRE[action])
     quiet_libraries(config.quiet)
-    from llmrl.hyre import evaluation, query, run, train
+    from llmrl.hyre import evaluation, export, query, run, train
 
     actions: dict[str, Callable[[Any], object]] = {
         "train": train.train,
@@ -163,6 +165,7 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
         "score": run.score_pairs,
         "query": query.query,
         "eval": evaluation.evaluate,
+        "export": export.export,
     }
     try:
         actions[action](config)

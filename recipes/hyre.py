@@ -1,6 +1,6 @@
 """Reward ensembles: `accelerate launch recipes/hyre.py --config recipes/hyre/NAME.yaml [--option VALUE ...]`.
 
-The same code path as `llmrl hyre train`; with train, adapt, query, score or eval in front of the options, as that command.
+The same code path as `llmrl hyre train`; with adapt, query, score, eval or export in front of the options, as that command.
 """
 
 import sys
@@ -8,7 +8,7 @@ import sys
 from llmrl.commands import run_hyre
 from llmrl.errors import run_command
 
-ACTIONS = ("train", "adapt", "query", "score", "eval")
+ACTIONS = ("train", "adapt", "query", "score", "eval", "export")
 
 
 def main(argv: list[str]) -> int:

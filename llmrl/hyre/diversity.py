@@ -5,6 +5,7 @@ disagrees with everybody the ensemble was trained on. Recipes, and when they hel
 
     group      one user or source a head, some turned round: for pairs that say who labelled them (two and more users)
     mixture    every head its own proportions of all groups: for a few sources
+    em         groups that agree share a head, found in turn with the heads (`llmrl.hyre.em`): for more groups than heads
     cluster    a few clusters of prompts (or of any features) a head: where nothing says who labelled
     subset     a random part of the rows a head, without replacement
     bootstrap  rows drawn with replacement: heads end up close to each other
@@ -83,10 +84,10 @@ def plan_heads(
         weights = np.zeros((heads, rows), np.float32)
         for k in range(heads):
             weights[k, rng.choice(rows, size, replace=False)] = 1
-        return HeadPlan(_normalised(weights), signs, tuple(f"{size} rows" for _ in range(heads)))
+        return HeadPlan(normalised(weights), signs, tuple(f"{size} rows" for _ in range(heads)))
     if recipe == "bootstrap":
         counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=heads).astype(np.float32)
-        return HeadPlan(_normalised(counts), signs, ("bootstrap",) * heads)
+        return HeadPlan(normalised(counts), signs, ("bootstrap",) * heads)
     if recipe == "none":
         return HeadPlan(np.full((heads, rows), 1 / rows, np.float32), signs, ("all",) * heads)
     raise DataError(f"expected a recipe out of {', '.join(RECIPES)}, got {recipe!r}")
@@ -107,7 +108,7 @@ def _by_group(rng: np.random.Generator, heads: int, groups: NDArray[np.str_], fl
         seen.add((g, turn))
         weights[k, own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own))) if again else 1
     labels = tuple(f"{'-' if turn else '+'}{names[g]}" for g, turn in zip(chosen, turned, strict=True))
-    return HeadPlan(_normalised(weights), np.where(turned, -1, 1).astype(np.float32), labels)
+    return HeadPlan(normalised(weights), np.where(turned, -1, 1).astype(np.float32), labels)
 
 
 def _mixtures(rng: np.random.Generator, heads: int, groups: NDArray[np.str_], flip: float) -> HeadPlan:
@@ -119,19 +120,13 @@ def _mixtures(rng: np.random.Generator, heads: int, groups: NDArray[np.str_], fl
         drawn = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), size=heads)
         weights[:, own] = shares[:, g : g + 1] * drawn / len(own)
     labels = tuple(" ".join(f"{n}:{s:.2f}" for n, s in zip(names, row, strict=True) if s >= 0.005) for row in shares)
-    return HeadPlan(_normalised(weights), np.ones(heads, np.float32), labels)
+    return HeadPlan(normalised(weights), np.ones(heads, np.float32), labels)
 
 
 def _clusters(
     rng: np.random.Generator, heads: int, features: NDArray[np.float32], seed: int
 ) -> tuple[NDArray[np.float32], tuple[str, ...]]:
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise VersionError("diversity cluster needs scikit-learn: pip install 'llmrl[hyre]'") from error
-
-    clusters = min(_CLUSTERS, len(features))
-    of = KMeans(clusters, n_init=3, random_state=seed).fit_predict(features)
+    of = clusters_of(features, _CLUSTERS, seed)
     names = np.unique(of)
     each = min(_CLUSTERS_A_HEAD, len(names))
     weights = np.zeros((heads, len(features)), np.float32)
@@ -140,8 +135,23 @@ def _clusters(
         chosen = rng.choice(names, each, replace=False)
         weights[k] = np.isin(of, chosen)
         labels.append("clusters " + " ".join(map(str, sorted(chosen.tolist()))))
-    return _normalised(weights), tuple(labels)
+    return normalised(weights), tuple(labels)
 
 
-def _normalised(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+def clusters_of(features: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.int64]:
+    """Return the cluster of each row `[N]`, by k-means.
+
+    Raises:
+        VersionError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise VersionError("clusters need scikit-learn: pip install 'llmrl[hyre]'") from error
+    found = KMeans(min(clusters, len(features)), n_init=3, random_state=seed).fit_predict(features)
+    return np.asarray(found, np.int64)
+
+
+def normalised(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return rows that sum to 1."""
     return weights / weights.sum(1, keepdims=True)

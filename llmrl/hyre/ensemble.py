@@ -48,6 +48,7 @@ class RewardEnsemble:
         signs: `[K]`, -1 for heads that were trained to prefer the other side.
         single: one head trained on all pairs, for comparison.
         facts: figures of the training, for people.
+        dtype: in which a causal LM reads, as in training; "auto": as its checkpoint is stored.
     """
 
     head: RewardHead
@@ -61,6 +62,7 @@ class RewardEnsemble:
     signs: tuple[int, ...] = ()
     single: RewardHead | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "auto"
     _base: Features | None = None
 
     @property
@@ -84,7 +86,7 @@ class RewardEnsemble:
             HeadMismatchError: it is not the one the heads were trained on.
         """
         if self._base is None:
-            base = open_features(self.base_name, max_length=self.max_length, revision=self.revision)
+            base = open_features(self.base_name, max_length=self.max_length, dtype=self.dtype, revision=self.revision)
             if base.identity != self.base_identity:
                 raise HeadMismatchError(
                     f"the heads were trained on another base: weights, tokenizer or template of {self.base_name} differ\n"
@@ -127,6 +129,7 @@ class RewardEnsemble:
                     "kind": self.base_kind,
                     "identity": self.base_identity,
                     "revision": self.revision,
+                    "dtype": self.dtype,
                 },
                 "reads": self.reads,
                 "max_length": self.max_length,
@@ -174,6 +177,7 @@ def load_ensemble(folder: Path | str) -> RewardEnsemble:
             tuple(fields["signs"]),
             None if fields["single"] is None else build_reward_head(HeadSpec(**fields["single"])),
             dict(fields["facts"]),
+            str(base.get("dtype", "auto")),
         )
         said = fields["fingerprint"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

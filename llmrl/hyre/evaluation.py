@@ -18,6 +18,7 @@ from llmrl.hyre.evaluate import UserPairs, keys_of, table
 from llmrl.hyre.options import EvalConfig
 from llmrl.hyre.pairs import Pair, read_pairs
 from llmrl.hyre.plots import draw_plots
+from llmrl.hyre.reliability import calibration
 from llmrl.hyre.report import report_markdown
 from llmrl.reward_heads import RewardHead, build_reward_head
 from llmrl.training.run import write_run_files
@@ -51,11 +52,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "warning": ensemble.facts.get("warning"),
     }
     report["heat_map"] = heat_map(users)
+    report["calibration"] = calibration(users, report["sizes"])
     text = report_markdown(report)
     with staging_folder(folder) as staging:
         write_json(staging / "report.json", report)
         write_text(staging / "report.md", text)
-        draw_plots(staging / "plots", report, ensemble.names)
+        draw_plots(staging / "plots", report, users, ensemble.names)
         write_run_files(staging, to_flat(config))
         publish_folder(staging, folder, stale=())
     if not config.quiet:

@@ -1,6 +1,6 @@
 """A trained ensemble as a folder that transformers and vLLM open: one forward pass gives the scores of all K heads.
 
-    export_ensemble(load_ensemble("runs/hyre"), "runs/hyre_served")      # then: llmrl serve runs/hyre_served
+    llmrl hyre export --model runs/hyre --output_dir runs/hyre_served      # then: llmrl serve runs/hyre_served
 
 "stock": linear heads become the `score` matrix `[K, H]` of transformers' own XForSequenceClassification. That layer has no
 bias, in transformers and in vLLM alike, so its K logits are the heads' scores less their biases. Margins of pairs do not need
@@ -34,6 +34,7 @@ from llmrl.files import check_output_dir, publish_folder, staging_folder, write_
 from llmrl.heads import HeadsConfig
 from llmrl.hyre.ensemble import HEAD_NAME, RewardEnsemble, load_ensemble
 from llmrl.hyre.features import CausalFeatures, last_states, open_features
+from llmrl.hyre.options import ExportConfig
 from llmrl.hyre.pairs import Messages
 from llmrl.modeling import save_heads_folder
 from llmrl.reward_heads import RewardMLPHead
@@ -75,6 +76,18 @@ class _Reference:
     tokenizer: Any
     texts: list[str]
     scores: Array
+
+
+def export(config: ExportConfig) -> Exported:
+    """Do what `llmrl hyre export` is asked for; see `export_ensemble`."""
+    done = export_ensemble(load_ensemble(config.model), config.output_dir, form=config.form, overwrite=config.overwrite)
+    if not config.quiet:
+        print(
+            f"{done.form} form, opened again: the scores of {len(PROBES)} texts differ by {done.difference:.1e} at most\n"
+            f"serve: llmrl serve {done.folder}\n{done.folder}",
+            flush=True,
+        )
+    return done
 
 
 def export_ensemble(

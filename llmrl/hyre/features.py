@@ -34,6 +34,7 @@ class Features(Protocol):
     width: int
     name: str
     identity: list[str]
+    dtype: str
 
     def text(self, prompt: Messages, answer: str) -> str:
         """Return what is read of an answer to a prompt."""
@@ -48,6 +49,7 @@ class EncoderFeatures:
     """Vectors of a sentence encoder."""
 
     kind = "encoder"
+    dtype = "float32"
 
     def __init__(self, name: str, *, max_length: int | None = None, batch_size: int = 64) -> None:
         self.name, self.batch_size = name, batch_size
@@ -86,6 +88,7 @@ class CausalFeatures:
         reference = self.base.reference
         self.reference: BaseReference = reference
         self.identity = [reference.weights, reference.tokenizer, reference.template]
+        self.dtype = str(self.base.model.dtype).removeprefix("torch.")
         self.width = int(self.base.model.config.get_text_config().hidden_size)
         positions = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         self.max_length = min(max_length or positions, positions)
@@ -187,7 +190,7 @@ def embed_pairs(
         base: from `open_features`.
         pairs: N.
         reads: "answer" (the prompt is left out) or "dialogue".
-        cache_dir: where vectors are kept between runs, by base and texts; None keeps none.
+        cache_dir: where vectors are kept between runs, by base, its dtype and texts; None keeps none.
         quiet: no progress bar.
     """
     texts = [
@@ -206,7 +209,8 @@ def _kept(base: Features, texts: list[str], cache_dir: Path | None, quiet: bool)
 
     if cache_dir is None:
         return base.embed(texts, quiet=quiet)
-    key = hashlib.sha256(json.dumps([base.kind, base.identity, texts]).encode()).hexdigest()[:32]
+    read_by = [base.kind, base.identity] if base.dtype == "float32" else [base.kind, base.identity, base.dtype]
+    key = hashlib.sha256(json.dumps([*read_by, texts]).encode()).hexdigest()[:32]
     path = cache_dir / f"{key}.safetensors"
     if path.is_file():
         try:

@@ -66,11 +66,26 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features `[N, H]` with targets `[N]`: 0 and 1 for a classifier (`binary`), else numbers."""
+    """Features `[N, H]` with targets `[N]`: numbers, or classes from 0 on.
+
+    Attributes:
+        features, targets: see above.
+        classes: C of a classifier; 0 for numbers. A head has one score for two classes (the logit of class 1), and C scores for
+            more: the scores of K heads are then `[N, K * C]`, those of a head side by side.
+    """
 
     features: Tensor
     targets: Tensor
-    binary: bool = False
+    classes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.classes == 1 or self.classes < 0:
+            raise UsageError(f"expected classes of 2 or more, or 0 for numbers, got {self.classes}")
+
+    @property
+    def outputs(self) -> int:
+        """Scores of one head."""
+        return self.classes if self.classes > 2 else 1
 
 
 @dataclass(frozen=True)
@@ -206,7 +221,7 @@ def row_losses(
 
     Args:
         examples: what the scores are of.
-        first: `[n, K]` scores of the chosen, or of the features.
+        first: `[n, K]` scores of the chosen, or of the features (`[n, K * C]` of more than two classes).
         second: `[n, K]` scores of the rejected; None for `Labelled`.
         signs: `[K]`, see `HeadPlan`.
         rows: which of the examples these are.
@@ -217,9 +232,12 @@ def row_losses(
             margins = margins - examples.margin[rows, None]
         return F.softplus(-margins)
     targets = examples.targets[rows, None]
-    if not examples.binary:
+    if not examples.classes:
         return (signs * first - targets) ** 2 / 2
-    return F.softplus(-signs * torch.where(targets > 0.5, first, -first))
+    if examples.outputs == 1:
+        return F.softplus(-signs * torch.where(targets > 0.5, first, -first))
+    logits = first.unflatten(-1, (-1, examples.classes)).log_softmax(-1)
+    return -logits.gather(-1, targets[..., None].long().expand(-1, logits.shape[1], 1))[..., 0]
 
 
 def fit_heads(
@@ -240,7 +258,7 @@ def fit_heads(
         advance: called with (steps done, most steps).
 
     Raises:
-        DataError: rows that do not fit the plan, are none, or are not finite.
+        DataError: rows that do not fit the plan, are none, or are not finite; targets that are no classes.
     """
     shape, settings = shape or HeadShape(), settings or FitSettings()
     first = examples.chosen if isinstance(examples, Pairs) else examples.features
@@ -250,10 +268,9 @@ def fit_heads(
         raise DataError(f"expected {count} rows, as the plan has, and at least one; got {len(first)}")
     if not all(torch.isfinite(part).all() for part in (first, second) if part is not None):
         raise DataError("features that are not finite: check the base model and its dtype")
-    if isinstance(examples, Labelled) and examples.binary and len(examples.targets.unique()) < 2:
-        raise DataError("all targets are of one class: a classifier needs examples of both")
+    outputs = heads if isinstance(examples, Pairs) else heads * _checked_outputs(examples, plan, shape)
     shift, scale = feature_scale(examples)
-    model = TrainedHeads(heads, first.shape[1], shape, shift, scale, settings.seed)
+    model = TrainedHeads(outputs, first.shape[1], shape, shift, scale, settings.seed)
     first = (first.float() - shift) * scale
     second = None if second is None else (second.float() - shift) * scale
     weights, signs = torch.from_numpy(plan.rows), torch.from_numpy(plan.signs)
@@ -270,13 +287,34 @@ def fit_heads(
         share = 1.0 if isinstance(rows, slice) else count / len(rows)
         return share * (losses * weights.T[rows]).sum() + settings.l2 / 2 * penalty
 
-    if model.convex and isinstance(examples, Labelled) and not examples.binary:
+    if model.convex and isinstance(examples, Labelled) and not examples.classes:
         _solve(model, first, signs[None] * examples.targets[:, None].float() - priors[0], weights, settings.l2)
     elif model.convex:
         _minimise(model, objective, settings, advance)
     else:
         _descend(model, objective, count, settings, advance)
     return model.fold()
+
+
+def _checked_outputs(examples: Labelled, plan: HeadPlan, shape: HeadShape) -> int:
+    """Return the scores of one head.
+
+    Raises:
+        DataError: targets that are no classes, are all of one class, or heads turned round among more than two classes.
+        UsageError: an epinet, whose base is one score, for more than two classes.
+    """
+    if not examples.classes:
+        return 1
+    found = examples.targets.unique()
+    if not all(value in range(examples.classes) for value in found.tolist()):
+        raise DataError(f"expected classes from 0 to {examples.classes - 1} as targets, got {found.tolist()[:5]}")
+    if len(found) < 2:
+        raise DataError("all targets are of one class: a classifier needs examples of two at least")
+    if examples.outputs > 1 and shape.kind == "epinet":
+        raise UsageError("epinet heads have one score: for more than two classes use kind linear or mlp")
+    if examples.outputs > 1 and (plan.signs < 0).any():
+        raise DataError("a head of more than two classes has no other side to prefer: expected signs of 1")
+    return examples.outputs
 
 
 def feature_scale(examples: Pairs | Labelled) -> tuple[Tensor, Tensor]:

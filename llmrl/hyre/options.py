@@ -1,4 +1,4 @@
-"""Options of `llmrl hyre train|adapt|score|query|eval` and recipes/hyre.py."""
+"""Options of `llmrl hyre train|adapt|score|eval|export` and recipes/hyre.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llmrl.config import option
 from llmrl.errors import UsageError
 
-_RECIPES = ("auto", "group", "mixture", "cluster", "subset", "bootstrap", "none")
+_RECIPES = ("auto", "group", "em", "mixture", "cluster", "subset", "bootstrap", "none")
 _PAIRS = "JSONL files with prompt, chosen, rejected"
 
 
@@ -46,7 +46,7 @@ class TrainConfig:
     max_length: int | None = option(None, help="tokens read of a text (default: what the base reads)")
     l2: float = option(1e-3, help="on the heads")
     steps: int = option(200, help="most steps of the heads' training")
-    lr: float = option(3e-3, help="of mlp and epinet heads")
+    lr: float = option(3e-3, help="learning rate of mlp and epinet heads; linear ones are solved")
     center: float = option(0.0, help="coefficient that keeps scores around zero; trl advises 0.01")
     held_out: float = option(0.1, help="share of the pairs that only measures")
     lora_r: int = option(16, help="rank")
@@ -136,3 +136,19 @@ class EvalConfig:
         if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
             raise UsageError(f"--sizes must be different numbers from 1 on, got {self.sizes}")
         self.sizes = sorted(self.sizes)
+
+
+@dataclass
+class ExportConfig:
+    """Options of `llmrl hyre export`."""
+
+    model: str = option(help="folder of llmrl hyre train, on a causal LM")
+    output_dir: str = option(help="the folder to write, which llmrl serve serves")
+    form: str = option(
+        "auto",
+        choices=("auto", "stock", "plugin"),
+        help="stock: transformers' SequenceClassification (linear heads); plugin: llmrl's in vLLM; auto: stock if it can",
+    )
+    seed: int = option(0, help="nothing is drawn; taken for uniformity")
+    overwrite: bool = option(False, help="replace what is in --output_dir")
+    quiet: bool = option(False, help="print errors only")

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: accuracy against labels, and which head knows which user."""
+"""Pictures of an evaluation: accuracy against labels, which head knows which user, what labels do to the weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from llmrl.hyre.evaluate import UserPairs
+
+_DRAWN = 4  # users, in pictures of users one by one
 _LINES = (
     ("refine", "refine (reweighted, then fine-tuned)", "#c0392b", "-"),
     ("hyre", "HyRe", "#1f5fa8", "-"),
@@ -16,14 +19,18 @@ _LINES = (
     ("pref", "free weights (PReF)", "#b8862b", ":"),
     ("best-head", "best head on the labels", "#777777", ":"),
 )
+_STACK = ("#1f5fa8", "#c0392b", "#2c8c4a", "#b8862b", "#8e6bb8", "#dddddd")
 _LEVELS = (("uniform", "uniform ensemble", "#333333"), ("single", "single model", "#999999"))
 
 
-def draw_plots(folder: Path, report: Mapping[str, Any], names: Sequence[str] = ()) -> None:
-    """Write accuracy.png and heads.png into `folder`."""
+def draw_plots(folder: Path, report: Mapping[str, Any], users: Sequence[UserPairs], names: Sequence[str] = ()) -> None:
+    """Write accuracy.png, heads.png, weights.png, reliability.png and queries.png into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     accuracy_curves(folder / "accuracy.png", report)
-    heat_map(folder / "heads.png", report["heat_map"], names)
+    heat_map(folder / "heads.png", report["heat_map"])
+    weight_bars(folder / "weights.png", users[:_DRAWN], names)
+    reliability(folder / "reliability.png", users)
+    query_traces(folder / "queries.png", users[:_DRAWN], names)
 
 
 def accuracy_curves(path: Path, report: Mapping[str, Any], title: str | None = None) -> None:
@@ -60,7 +67,7 @@ def accuracy_curves(path: Path, report: Mapping[str, Any], title: str | None = N
     plt.close(figure)
 
 
-def heat_map(path: Path, rows: Mapping[str, Sequence[float]], names: Sequence[str] = ()) -> None:
+def heat_map(path: Path, rows: Mapping[str, Sequence[float]]) -> None:
     """Draw the accuracy of each head on each user; heads in the order of their mean."""
     import matplotlib
 
@@ -79,8 +86,10 @@ def heat_map(path: Path, rows: Mapping[str, Sequence[float]], names: Sequence[st
     plt.close(figure)
 
 
-def weight_bars(path: Path, users: Sequence[Any], names: Sequence[str], labels: int = 5, top: int = 8) -> None:
-    """Draw the heaviest heads of some users (`llmrl.hyre.evaluate.UserPairs`) after a few labels."""
+def weight_bars(
+    path: Path, users: Sequence[UserPairs], names: Sequence[str] = (), labels: int = 5, top: int = 8
+) -> None:
+    """Draw the heaviest heads of some users after a few labels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,7 +103,7 @@ def weight_bars(path: Path, users: Sequence[Any], names: Sequence[str], labels: 
         rows = split(user.keys, np.random.default_rng(0))[0][:labels]
         weights = posterior_weights(label_losses(user.margins[rows], np.ones(len(rows))).sum(0))
         order = np.argsort(-weights)[:top][::-1]
-        axes.barh([f"{names[k]} ({k})"[:60] for k in order], 100 * weights[order], color="#1f5fa8", height=0.7)
+        axes.barh([_name(names, k) for k in order], 100 * weights[order], color="#1f5fa8", height=0.7)
         axes.axvline(100 / len(weights), color="#333333", lw=0.8, ls="--")
         axes.set_title(f"{user.name or 'user'}: {labels} labels", fontsize=8.5, loc="left")
         axes.tick_params(labelsize=6.5)
@@ -104,7 +113,7 @@ def weight_bars(path: Path, users: Sequence[Any], names: Sequence[str], labels: 
     plt.close(figure)
 
 
-def reliability(path: Path, users: Sequence[Any], labels: int = 5, draws: int = 20, bins: int = 10) -> None:
+def reliability(path: Path, users: Sequence[UserPairs], labels: int = 5, draws: int = 20) -> None:
     """Draw how often the more probable side of a pair is right against its probability, before and after `labels` labels.
 
     Probabilities are sigmoid(margin) of the weighted ensemble, of pairs that share no text with the labels.
@@ -114,13 +123,15 @@ def reliability(path: Path, users: Sequence[Any], labels: int = 5, draws: int = 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from llmrl.hyre.reliability import held_margins, reliability_bins
+
     figure, axes = plt.subplots(figsize=(4.6, 4.4), layout="constrained")
     axes.plot([0.5, 1], [0.5, 1], color="#999999", lw=0.8)
     for title, colour, margins in (
-        ("uniform ensemble", "#333333", _test_margins(users, 0, draws)),
-        (f"after {labels} labels", "#1f5fa8", _test_margins(users, labels, draws)),
+        ("uniform ensemble", "#333333", held_margins(users, 0, draws)),
+        (f"after {labels} labels", "#1f5fa8", held_margins(users, labels, draws)),
     ):
-        confidence, right, error = reliability_bins(margins, bins)
+        confidence, right, error = reliability_bins(margins)
         axes.plot(confidence, right, color=colour, marker="o", ms=4, label=f"{title}: ECE {error:.3f}")
     axes.set_xlabel("probability of the side that the ensemble prefers")
     axes.set_ylabel("share of pairs where it is right")
@@ -130,30 +141,58 @@ def reliability(path: Path, users: Sequence[Any], labels: int = 5, draws: int = 
     plt.close(figure)
 
 
-def reliability_bins(margins: Any, bins: int = 10) -> tuple[Any, Any, float]:
-    """Return mean confidence and accuracy of each bin of equal width from 0.5 to 1 that is not empty, and the ECE.
+def query_traces(path: Path, users: Sequence[UserPairs], names: Sequence[str] = (), queries: int = 20) -> None:
+    """Draw what answers do to a user: the weights of the heads, question by question, and pairs ranked right.
 
-    Args:
-        margins: `[N]`, above 0 where the ensemble is right.
-        bins: their number.
+    Half of a user's pairs are the pool, the other half, which shares no text with it, is ranked. Questions are those of BALD;
+    the mean of ten random orders is drawn beside.
     """
-    m = np.asarray(margins, np.float64)
-    confidence, right = 1 / (1 + np.exp(-np.abs(m))), (m > 0) + 0.5 * (m == 0)
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    count = np.bincount(index, minlength=bins)
-    kept = count > 0
-    means = [np.bincount(index, v, bins)[kept] / count[kept] for v in (confidence, right)]
-    return means[0], means[1], float((count[kept] / len(m) * np.abs(means[0] - means[1])).sum())
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, all_axes = plt.subplots(len(users), 2, figsize=(9.5, 2.1 * len(users)), layout="constrained", squeeze=False)
+    for (left, right), user in zip(all_axes, users, strict=True):
+        weights, asked, drawn = _trace(user, queries)
+        _stack_weights(left, weights, names)
+        left.set_title(user.name or "user", fontsize=8.5, loc="left")
+        right.plot(100 * asked, color="#1f5fa8", marker="o", ms=3, label="most disagreement first (BALD)")
+        right.plot(100 * drawn, color="#999999", ls="--", label="random, mean of ten orders")
+        right.set_ylabel("ranked right, %", fontsize=8)
+        right.grid(axis="y", color="#dddddd", lw=0.6)
+        for axes in (left, right):
+            axes.set_xlim(0, len(asked) - 1)
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0, 1].legend(frameon=False, fontsize=7, loc="lower right")
+    for axes in all_axes[-1]:
+        axes.set_xlabel("labels", fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
-def _test_margins(users: Sequence[Any], labels: int, draws: int) -> Any:
+def _trace(user: UserPairs, queries: int) -> tuple[Any, Any, Any]:
+    """Return weights `[n + 1, K]` and accuracy `[n + 1]` of questions by BALD, and the mean accuracy of random ones."""
+    from llmrl.hyre.annotator import query_curve
     from llmrl.hyre.evaluate import split
-    from llmrl.hyre.posterior import label_losses, posterior_weights
 
-    found = []
-    for user in users:
-        for draw in range(draws):
-            rows, tests = split(user.keys, np.random.default_rng([draw]))
-            losses = label_losses(user.margins[rows[:labels]], np.ones(min(labels, len(rows)))).sum(0)
-            found.append(user.margins[tests] @ posterior_weights(losses))
-    return np.concatenate(found)
+    pool, tests = split(user.keys, np.random.default_rng(0))
+    pairs, count = (user.margins[pool], user.margins[tests]), min(queries, len(pool))
+    won, truth = np.ones((10, len(pool))), np.ones((10, len(tests)))
+    asked = query_curve(pairs[0], won[0], pairs[1], truth[0], criterion="bald", queries=count)
+    drawn = query_curve(pairs[0], won, pairs[1], truth, criterion="random", queries=count)
+    return asked.weights, asked.accuracy, drawn.accuracy.mean(0)
+
+
+def _stack_weights(axes: Any, weights: Any, names: Sequence[str]) -> None:
+    heaviest = np.argsort(-weights[-1])[: len(_STACK) - 1]
+    rest = 1 - weights[:, heaviest].sum(1)
+    labels = [*(_name(names, k) for k in heaviest), "all others"]
+    axes.stackplot(range(len(weights)), *(100 * weights[:, heaviest].T), 100 * rest, labels=labels, colors=_STACK, lw=0)
+    axes.set_ylabel("weight, %", fontsize=8)
+    axes.legend(fontsize=5.5, loc="upper right", framealpha=0.85)
+
+
+def _name(names: Sequence[str], k: int) -> str:
+    return f"{names[k]} ({k})"[:60] if names else f"head {k}"

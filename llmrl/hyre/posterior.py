@@ -50,8 +50,11 @@ def label_losses(outputs: ArrayLike, targets: ArrayLike, loss: str = "nll") -> A
         return (f - y[..., None]) ** 2 / 2
     if not ((y == 0) | (y == 1)).all():
         raise DataError(f"expected targets of 0 and 1 for the loss {loss}")
-    signed = np.where(y[..., None] == 1, f, -f)
-    return np.logaddexp(0.0, -signed) if loss == "nll" else (signed < 0) + 0.5 * (signed == 0)
+    return _margin_losses(np.where(y[..., None] == 1, f, -f), loss)
+
+
+def _margin_losses(margins: Array, loss: str) -> Array:
+    return np.logaddexp(0.0, -margins) if loss == "nll" else (margins < 0) + 0.5 * (margins == 0)
 
 
 def _class_losses(f: Array, y: Array, loss: str) -> Array:
@@ -74,7 +77,8 @@ def posterior_weights(losses: ArrayLike, prior: ArrayLike | None = None, beta: A
         prior: `[K]` weights before any label; uniform without.
         beta: how much a unit of loss counts: a number, or one a user `[...]`. 0 leaves the prior.
     """
-    logs = -np.asarray(beta, np.float64)[..., None] * np.asarray(losses, np.float64)
+    rows = np.asarray(losses, np.float64)
+    logs = -beta * rows if isinstance(beta, int | float) else -np.asarray(beta, np.float64)[..., None] * rows
     if prior is not None:
         with np.errstate(divide="ignore"):  # a head of prior 0 stays out
             logs = logs + np.log(np.asarray(prior, np.float64))
@@ -150,8 +154,11 @@ class HyrePosterior:
             DataError: another number of heads, something that is not finite; then nothing is taken.
         """
         f = np.asarray(outputs, np.float64)
-        y = np.ones(f.shape[:-1]) if targets is None else np.asarray(targets, np.float64)
-        new = np.atleast_2d(label_losses(f, y, self.loss))
+        if targets is None and self.loss != "squared" and f.ndim == 1 and np.isfinite(f).all():
+            new = _margin_losses(f, self.loss)[None]  # the label of a pair, without checks of what it cannot be
+        else:
+            y = np.ones(f.shape[:-1]) if targets is None else np.asarray(targets, np.float64)
+            new = np.atleast_2d(label_losses(f, y, self.loss))
         if new.shape[-1] != self.heads:
             raise DataError(f"expected the outputs of {self.heads} heads, got {new.shape[-1]}")
         for row in new:

@@ -10,6 +10,7 @@ Both are about texts, so a session can be gone on with on a pool that has grown.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -136,7 +137,13 @@ class SessionFiles:
             pass
 
     def begin(self) -> None:
-        """Write the session's file; with --overwrite, only here do the labels go that were there before."""
+        """Write the session's file; with --overwrite, only here do the labels go that were there before.
+
+        What a killed session left of a file it was writing is removed.
+        """
+        for path in (self.user, self.session):
+            for torn in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+                torn.unlink(missing_ok=True)
         if self.overwrite:
             os.ftruncate(self._fd, 0)
         self._begun = True

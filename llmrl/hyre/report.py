@@ -47,6 +47,13 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         f"finetune is the strongest of every start and penalty at each n, chosen in hindsight: "
         f"{', '.join(f'{n}: {name}' for n, name in report['strongest_finetune'].items())}.",
     ]
+    if "calibration" in report:
+        rows = [[n, *(f"{of[key]:.4f}" for key in ("ece", "nll", "brier"))] for n, of in report["calibration"].items()]
+        rows[0][0] = "0 (uniform)"
+        parts.append(
+            "Probabilities of HyRe's margins on the same pairs:\n\n"
+            + aligned_table(["labels", "ECE", "NLL", "Brier"], rows)
+        )
     at = report["crossover"]
     parts.append(
         f"Fine-tuning is above reweighting from n = {at} on."

@@ -104,9 +104,7 @@ class ServedEnsemble:
 def _read_export(folder: Path) -> dict[str, Any]:
     path = folder / EXPORT_FILE
     if not path.is_file():
-        raise ModelError(
-            f"{folder} is no exported ensemble: write one with llmrl.hyre.export.export_ensemble and serve it"
-        )
+        raise ModelError(f"{folder} is no exported ensemble: write one with llmrl hyre export and serve it")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found.get("format") != EXPORT_FORMAT:
         raise ModelError(

