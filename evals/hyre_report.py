@@ -41,20 +41,20 @@ def persona(found: Mapping[str, Any]) -> list[str]:
 def sides(found: Mapping[str, Any]) -> list[str]:
     """Return the table of one ensemble adapted to one of two sources."""
     rows = []
+    sizes = list(dict.fromkeys(key.split()[2] for key in found["with length"] if key.startswith("hyre ")))
     for name in ("with length", "without length"):
         part = found[name]
-        for side in ("harmless", "quality"):
-            rows.append([name, "uniform", "-", side, cell(part["uniform"][side]), ""])
-        for key, of in part.items():
-            if key.startswith(("hyre", "finetune")):
-                method, to, n, side = key.split()
-                rows.append([name, f"{method} to {to}", n, side, cell(of["accuracy"]), cell(of["change"], signed=True)])
+        for to in ("harmless", "quality"):
+            for side in ("harmless", "quality"):
+                for method in ("hyre", "refine", "finetune"):
+                    changes = [cell(part[f"{method} {to} {n} {side}"]["change"], signed=True) for n in sizes]
+                    rows.append([name, f"{method} to {to}", side, cell(part["uniform"][side]), *changes])
     longer = ", ".join(f"{side} {100 * share:.1f}%" for side, share in found["longer wins"].items())
     disagreements = ", ".join(f"{name} {found[name]['disagreement']:.1%}" for name in ("with length", "without length"))
     return [
         "## Harmlessness against quality of answers",
         f"The longer answer is the chosen one: {longer}. Two heads disagree on: {disagreements}.",
-        aligned_table(["features", "adapted", "labels", "tested on", "accuracy", "change, points"], rows),
+        aligned_table(["features", "adapted", "tested on", "uniform", *(f"n = {n}, points" for n in sizes)], rows),
     ]
 
 

@@ -1,4 +1,4 @@
-"""One ensemble on a mix of two sources that disagree, adapted to one of them by 5 to 20 pairs.
+"""One ensemble on a mix of two sources that disagree, adapted to one of them by 1 to 128 pairs.
 
 What that side gains, what the other loses, and how much of it is the length of answers. Sources: pairs where the less harmful
 answer is chosen, and pairs where the better answer to an instruction is. Heads see mixtures of both (`--diversity mixture`).
@@ -29,7 +29,8 @@ from llmrl.training.run import environment
 
 Array = NDArray[np.float64]
 SIDES = ("harmless", "quality")
-SIZES = (5, 10, 20)
+SIZES = (1, 2, 5, 10, 20, 32, 64, 128)
+METHODS = ("hyre", "refine", "finetune")
 HEADS, A_SIDE, POOL = 100, 1000, 300  # heads; training pairs and pairs to label from, of each side
 _LENGTH = 0.3  # of the logarithm of an answer's length, beside features of norm 1
 
@@ -115,12 +116,16 @@ def one_seed(features: dict[tuple[str, str], tuple[Tensor, Tensor]], seed: int, 
             labels = np.stack([np.random.default_rng([seed, d]).permutation(len(at))[:n] for d in range(draws)])
             weights = posterior_weights(label_losses(at[labels], np.ones(labels.shape)).sum(1))
             tuned = refine(x[labels], at[labels].mean(-1))
+            refined = refine(x[labels], (at[labels] * weights[:, None]).sum(-1))
             for side in SIDES:
                 mixed = tests[side] @ weights.T
-                found[f"hyre {to} {n} {side}"] = _right(mixed).mean(1)
-                found[f"finetune {to} {n} {side}"] = _right(
-                    tests[side].mean(1)[:, None] + differences[side] @ tuned.T
-                ).mean(1)
+                margins_of = {
+                    "hyre": mixed,
+                    "refine": mixed + differences[side] @ refined.T,
+                    "finetune": tests[side].mean(1)[:, None] + differences[side] @ tuned.T,
+                }
+                for method in METHODS:
+                    found[f"{method} {to} {n} {side}"] = _right(margins_of[method]).mean(1)
     return found
 
 
@@ -130,7 +135,7 @@ def _pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
     uniform = {side: np.mean([r["uniform"][side] for r in runs], 0) for side in SIDES}
     found["uniform"] = {side: _interval(values) for side, values in uniform.items()}
     for key in runs[0]:
-        if key.startswith(("hyre", "finetune")):
+        if key.startswith(METHODS):
             side = key.split()[-1]
             values = np.mean([r[key] for r in runs], 0)
             seeds = [float((r[key] - r["uniform"][side]).mean()) for r in runs]

@@ -40,7 +40,7 @@ def accuracy_curves(path: Path, report: Mapping[str, Any], title: str | None = N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
     sizes = report["sizes"]
     for name, label, colour in _LEVELS:
         if name in report["methods"]:
@@ -62,7 +62,7 @@ def accuracy_curves(path: Path, report: Mapping[str, Any], title: str | None = N
     axes.set_title(title or f"{report['users']} users the ensemble was not trained on", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", lw=0.6)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -105,7 +105,7 @@ def weight_bars(
         order = np.argsort(-weights)[:top][::-1]
         axes.barh([_name(names, k) for k in order], 100 * weights[order], color="#1f5fa8", height=0.7)
         axes.axvline(100 / len(weights), color="#333333", lw=0.8, ls="--")
-        axes.set_title(f"{user.name or 'user'}: {labels} labels", fontsize=8.5, loc="left")
+        axes.set_title(f"{user.name or 'user'}: {labels} labels", fontsize=8.5, loc="right")
         axes.tick_params(labelsize=6.5)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[-1, 0].set_xlabel("weight, % (dashed: all heads alike)", fontsize=8)
@@ -152,7 +152,7 @@ def query_traces(path: Path, users: Sequence[UserPairs], names: Sequence[str] = 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, all_axes = plt.subplots(len(users), 2, figsize=(9.5, 2.1 * len(users)), layout="constrained", squeeze=False)
+    figure, all_axes = plt.subplots(len(users), 2, figsize=(11, 2.1 * len(users)), layout="constrained", squeeze=False)
     for (left, right), user in zip(all_axes, users, strict=True):
         weights, asked, drawn = _trace(user, queries)
         _stack_weights(left, weights, names)
@@ -160,9 +160,11 @@ def query_traces(path: Path, users: Sequence[UserPairs], names: Sequence[str] = 
         right.plot(100 * asked, color="#1f5fa8", marker="o", ms=3, label="most disagreement first (BALD)")
         right.plot(100 * drawn, color="#999999", ls="--", label="random, mean of ten orders")
         right.set_ylabel("ranked right, %", fontsize=8)
+        right.set_ylim(0, 102)
         right.grid(axis="y", color="#dddddd", lw=0.6)
         for axes in (left, right):
             axes.set_xlim(0, len(asked) - 1)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
     all_axes[0, 1].legend(frameon=False, fontsize=7, loc="lower right")
@@ -191,8 +193,9 @@ def _stack_weights(axes: Any, weights: Any, names: Sequence[str]) -> None:
     labels = [*(_name(names, k) for k in heaviest), "all others"]
     axes.stackplot(range(len(weights)), *(100 * weights[:, heaviest].T), 100 * rest, labels=labels, colors=_STACK, lw=0)
     axes.set_ylabel("weight, %", fontsize=8)
-    axes.legend(fontsize=5.5, loc="upper right", framealpha=0.85)
+    axes.set_ylim(0, 100)
+    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _name(names: Sequence[str], k: int) -> str:
-    return f"{names[k]} ({k})"[:60] if names else f"head {k}"
+    return f"{names[k][:48]} ({k})" if names else f"head {k}"
