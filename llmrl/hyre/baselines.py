@@ -28,7 +28,7 @@ from llmrl.hyre.refine import refine
 from llmrl.hyre.select import choose
 
 Array = NDArray[np.float64]
-L2_GRID = (0.03, 0.1, 0.3)
+L2_GRID = (0.003, 0.01, 0.03, 0.1, 0.3)  # of fine-tuning
 UNLABELLED = ("uniform", "single", "worst", "average")
 
 
@@ -85,7 +85,7 @@ def without_labels(tests: Tests) -> dict[str, Array]:
 
 
 def fit_all(labels: Labels) -> dict[str, Fitted]:
-    """Return every method fitted to the labels; corrections are named "method l2"."""
+    """Return every method fitted to the labels; fine-tuning is named "method l2"."""
     losses = label_losses(labels.margins, np.ones(labels.margins.shape[:-1])).sum(1)
     least = losses == losses.min(1, keepdims=True)
     zero = np.zeros(labels.margins.shape[:-1])
@@ -98,8 +98,8 @@ def fit_all(labels: Labels) -> dict[str, Fitted]:
         "pref": Fitted(weights=refine(labels.margins, zero, l2=1.0)),
     }
     mixed = (labels.margins @ weights[..., None])[..., 0]
+    found["refine"] = Fitted(weights=weights, correction=refine(labels.features, mixed))
     for l2 in L2_GRID:
-        found[f"refine {l2:g}"] = Fitted(weights=weights, correction=refine(labels.features, mixed, l2))
         found[f"finetune-zero {l2:g}"] = Fitted(correction=refine(labels.features, zero, l2))
         for name, start in labels.starts.items():
             found[f"finetune-{name} {l2:g}"] = Fitted(start=name, correction=refine(labels.features, start, l2))

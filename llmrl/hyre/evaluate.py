@@ -141,7 +141,6 @@ def table(
     strongest = _strongest(values, kept)
     for n in kept:
         values[(FINETUNED, n)] = values[(strongest[n], n)]
-        values[("refine", n)] = values[("refine 0.1", n)]
     methods: dict[str, dict[str, Any]] = {}
     for (name, n), of in values.items():
         methods.setdefault(name, {})[str(n)] = resample.interval(of)
