@@ -26,6 +26,15 @@ ANSWERS = [
 ]
 
 
+def conversation(prompt):
+    """Return a prompt as trl has it."""
+    return [{"role": role, "content": content} for role, content in prompt]
+
+
+CHATS = [conversation(prompt) for prompt in PROMPTS]
+SAID = [[{"role": "assistant", "content": answer}] for answer in ANSWERS]
+
+
 def random_heads(width, kind="linear", heads=5, seed=0):
     """Return heads as they are in training, with every parameter random and features far from their scale and zero."""
     draw = torch.Generator().manual_seed(seed)
