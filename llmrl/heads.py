@@ -1,7 +1,7 @@
 """One format for everything llmrl attaches to a frozen model: what a head is, what it was fitted on, how it is stored.
 
 A head reads the hidden states that enter the output embedding (after the final norm) and either changes the logits
-(`kind="temperature"` or "vector") or produces scores of its own (`kind="reward"`). It is described by a `HeadSpec`, lives in
+(`kind="temperature"`, "vector" or "value") or produces scores of its own (`kind="reward"`). It is described by a `HeadSpec`, lives in
 float32 whatever the base's dtype, and is stored as tensors `llmrl_heads.<name>.<parameter>` in `llmrl_heads.safetensors`. The
 folder's `config.json` holds the base's configuration with `model_type: "llmrl"` and the `HeadsConfig` under the key
 `llmrl`; a program without llmrl therefore refuses the folder instead of silently serving the base.
@@ -35,8 +35,10 @@ _ARCHITECTURES = {
     "temperature": ("scalar", "linear", "mlp", "transformer"),
     "vector": ("vector",),
     "reward": ("linear", "mlp"),
+    "value": ("linear", "low_rank", "mlp"),
 }
 _SIZES = {
+    "low_rank": ("intermediate_size",),
     "mlp": ("intermediate_size",),
     "transformer": ("intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
 }
@@ -48,15 +50,17 @@ class HeadSpec:
     """Shape and kind of one head.
 
     Args:
-        kind: "temperature" (logits are multiplied by exp(tau)), "vector" (logits times and plus a vector) or "reward" (K
-            scores a sequence).
+        kind: "temperature" (logits are multiplied by exp(tau)), "vector" (logits times and plus a vector), "value" (Q and V of
+            offline RL; logits plus beta Q) or "reward" (K scores a sequence).
         architecture: "scalar" (one learned number, reads nothing), "linear" (hidden_size -> outputs, with bias), "mlp" or
-            "transformer" (see `llmrl.logits_heads`); "vector" for a vector.
+            "transformer" (see `llmrl.logits_heads`); "vector" for a vector; "low_rank" (see `llmrl.value_heads`).
         hidden_size: width of the hidden states it reads.
-        outputs: K for a reward head, the size of the vocabulary for a vector, 1 for a temperature head.
+        outputs: K for a reward head, the size of the vocabulary for a vector or a value, 1 for a temperature head.
         intermediate_size: inner width of the MLP, for "mlp" and "transformer"; of a reward head, hidden units of each score.
         num_heads, num_kv_heads, head_dim, rope_theta: attention of "transformer".
         shared_size: of a reward head, hidden units that all scores share (`llmrl.reward_heads`).
+        beta: of a value head, how far Q moves the policy where nothing else is said; 0 is the base's own.
+        support: of a value head, see `llmrl.value_heads.steer`.
     """
 
     kind: str
@@ -69,6 +73,8 @@ class HeadSpec:
     head_dim: int = 0
     rope_theta: float = 10000.0
     shared_size: int = 0
+    beta: float = 0.0
+    support: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in _ARCHITECTURES:
@@ -90,6 +96,8 @@ class HeadSpec:
             )
         if self.kind == "temperature" and self.outputs != 1:
             raise ModelError(f"a temperature head has 1 output, got {self.outputs}")
+        if not self.beta >= 0 or not 0 <= self.support <= 1:
+            raise ModelError(f"a head has beta >= 0 and support from 0 to 1, got {self.beta} and {self.support}")
         if self.architecture == "transformer" and (self.num_heads % self.num_kv_heads or self.head_dim % 2):
             raise ModelError(
                 f"a transformer head needs num_heads a multiple of num_kv_heads and an even head_dim, got {self.num_heads}, "
@@ -100,6 +108,7 @@ class HeadSpec:
         """Return plain JSON without the sizes that such a head does not have."""
         needed = {"kind", "architecture", "hidden_size", "outputs", *_SIZES.get(self.architecture, ())}
         needed |= {"rope_theta"} if self.architecture == "transformer" else set()
+        needed |= {"beta", "support"} if self.kind == "value" else set()
         needed |= {"shared_size"} if (self.kind, self.architecture) == ("reward", "mlp") else set()
         return {name: value for name, value in asdict(self).items() if name in needed}
 

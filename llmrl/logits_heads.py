@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmrl.value_heads import ValueHead
+
 # The multiplier exp(tau) stays in this range. The upper end is the reference implementation's clip (head.py of the paper's
 # code); the lower end keeps a runaway head from flattening a distribution to uniform.
 MIN_LOG_SCALE = -3.0
@@ -217,7 +219,9 @@ _CLASSES: dict[str, type[TemperatureHead]] = {
 
 
 def build_logits_head(spec: Any) -> nn.Module:
-    """Return a fresh head of kind "temperature" or "vector" that leaves the logits as they are."""
+    """Return a fresh head of kind "temperature", "vector" or "value" that leaves the logits as they are."""
+    if spec.kind == "value":
+        return ValueHead(spec)
     return VectorHead(spec) if spec.kind == "vector" else _CLASSES[spec.architecture](spec)
 
 
@@ -244,4 +248,6 @@ def apply_logits_heads(
         elif isinstance(head, TemperatureHead):
             tau = taus[name] if taus is not None and name in taus else head(hidden)
             logits = logits.float() * tau.to(logits.device).exp()
+        elif isinstance(head, ValueHead):
+            logits = head.steer(logits, hidden)
     return logits

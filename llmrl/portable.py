@@ -15,7 +15,7 @@ from llmrl.errors import ModelError
 from llmrl.files import write_json
 from llmrl.heads import CONFIG_KEY, HEADS_FILE, MODELING_MODULE, HeadsConfig
 
-_PARTS = ("logits_heads", "head_cache", "heads_forward")
+_PARTS = ("value_heads", "logits_heads", "head_cache", "heads_forward")
 _CONFIG_CLASS, _MODEL_CLASS = "CalibratedConfig", "CalibratedForCausalLM"
 
 _HEADER = '''"""{architecture} with temperature heads fitted by llmrl {version}; open it with trust_remote_code=True.
@@ -70,6 +70,7 @@ class CalibratedForCausalLM(LogitsHeadsMixin, {architecture}):
 
 def _heads(config):
     sizes = {{"outputs": 1, "intermediate_size": 0, "num_heads": 0, "num_kv_heads": 0, "head_dim": 0, "rope_theta": 1e4}}
+    sizes |= {{"beta": 0.0, "support": 0.0}}
     heads = {{
         name: build_logits_head(SimpleNamespace(**{{**sizes, **spec}})) for name, spec in config.llmrl["heads"].items()
     }}

@@ -1,0 +1,1 @@
+"""Offline RL for dialogue agents: dialogues, value heads and their losses, environments with exact optima."""

@@ -1,0 +1,92 @@
+"""Options of `llmrl hindsight train|eval` and recipes/hindsight.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmrl.config import option
+from llmrl.errors import UsageError
+
+# those of llmrl.hindsight.objective, targets and model, which load torch
+_METHODS = ("ilql", "mc", "bc", "filtered-bc", "awr", "dpo")
+_HEADS = ("auto", "linear", "low_rank", "mlp")
+_TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_least(config: object, least: dict[str, float]) -> None:
+    """Refuse options below what they can be.
+
+    Raises:
+        UsageError: names the first.
+    """
+    for name, number in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= number:
+            raise UsageError(f"--{name} must be at least {number}, got {value}")
+
+
+@dataclass
+class TrainConfig:
+    """Options of `llmrl hindsight train`."""
+
+    data: list[str] = option(help="JSONL files of dialogues: messages with rewards, or episodes of llmrl")
+    model: str = option(help="causal LM with a chat template: a folder or a hub name")
+    output_dir: str = option(help="the folder to write")
+    method: str = option("ilql", choices=_METHODS, help="how the logs are learnt from")
+    revision: str | None = option(None, help="of a hub name")
+    trunk: str = option("shared", choices=("shared", "separate"), help="of the values: the policy's own, or a copy")
+    tuning: str = option("full", choices=("full", "lora"), help="of the trunks")
+    lora_r: int = option(16, help="rank")
+    head: str = option("auto", choices=_HEADS, help="shape of Q; auto: linear in a small vocabulary, else low_rank")
+    head_size: int = option(64, help="rank of low_rank, hidden units of mlp")
+    backup: str = option("turn", choices=("turn", "token"), help="what a token learns from: the next turn or token")
+    discount: float = option(1.0, help="gamma")
+    discount_unit: str = option("turn", choices=("turn", "token"), help="what gamma counts")
+    expectile: float = option(0.9, help="tau of ilql: above .5 the value leans to the best that was seen")
+    cql: float = option(0.0, help="weight of the CQL loss of ilql")
+    polyak: float = option(0.1, help="rate at which the slow copies of Q follow, a step")
+    value_weight: float = option(1.0, help="of the value losses beside the policy's")
+    share: float = option(0.2, help="of the dialogues that filtered-bc keeps, the best first")
+    awr_temperature: float = option(0.1, help="of awr, in units of the range of returns")
+    dpo_beta: float = option(0.1, help="of dpo")
+    beta: float = option(8.0, help="default of what is saved: how far Q moves the policy; eval and serve can change it")
+    support: float = option(0.02, help="a token is never said below this share of the likeliest one's probability")
+    lr: float = option(1e-4, help="learning rate of the trunks")
+    heads_lr: float = option(1e-3, help="learning rate of the value heads")
+    epochs: float = option(1.0, help="passes over the dialogues")
+    max_steps: int | None = option(None, help="steps, in place of --epochs")
+    batch_size: int = option(16, help="dialogues a step, over all processes")
+    micro_batch_size: int | None = option(None, help="most dialogues in memory at once on a process")
+    packing: bool = option(False, help="put the dialogues of a batch into one row instead of padding them")
+    max_length: int | None = option(None, help="longest dialogue in tokens; longer ones are kept aside")
+    save_steps: int = option(200, help="steps between checkpoints")
+    dtype: str = option("auto", choices=_DTYPES, help="of the weights; auto: float32 where all of them are trained")
+    seed: int = option(0, help="of everything")
+    overwrite: bool = option(False, help="replace what is in --output_dir")
+    resume_from_checkpoint: str | None = option(None, help="go on with a run that was cut off", const="latest")
+    report_to: str = option("none", choices=_TRACKERS, help="none, tensorboard, wandb or trackio")
+    quiet: bool = option(False, help="print errors only")
+
+    def __post_init__(self) -> None:
+        check_least(
+            self,
+            {
+                **dict.fromkeys(
+                    ("lora_r", "head_size", "batch_size", "micro_batch_size", "max_steps", "save_steps"), 1
+                ),
+                **dict.fromkeys(("cql", "value_weight", "beta", "seed"), 0),
+                "max_length": 2,
+            },
+        )
+        for name in ("discount", "support"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name} must be from 0 to 1, got {getattr(self, name)}")
+        if not 0 < self.expectile < 1 or not 0 < self.share <= 1 or not 0 < self.polyak <= 1:
+            raise UsageError(
+                f"expected --expectile between 0 and 1 and --share and --polyak above 0 and at most 1, got {self.expectile}, "
+                f"{self.share} and {self.polyak}"
+            )
+        for name in ("lr", "heads_lr", "epochs", "awr_temperature", "dpo_beta"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name} must be above 0, got {getattr(self, name)}")

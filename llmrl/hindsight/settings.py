@@ -1,0 +1,88 @@
+"""What options of a training run mean to transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from llmrl.errors import DistributedError, UsageError
+from llmrl.hindsight.options import TrainConfig
+from llmrl.training.distributed import world_size
+from llmrl.training.reproducible import reproducible_arguments
+
+WARMUP = 0.05  # share of the steps over which the rates rise from 0; after it they fall along a cosine
+_LAST = 0.05  # of the rate, at the end
+
+
+def shares(config: TrainConfig) -> tuple[int, int]:
+    """Return (dialogues a forward on one process, forwards a step).
+
+    Raises:
+        UsageError: the processes cannot share a batch evenly.
+    """
+    processes = world_size()
+    if config.batch_size % processes:
+        raise UsageError(f"--batch_size {config.batch_size} cannot be shared by {processes} processes: use a multiple")
+    own = config.batch_size // processes
+    most = config.micro_batch_size or own
+    forwards = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= most)
+    return own // forwards, forwards
+
+
+def steps_of(config: TrainConfig, rows: int) -> int:
+    """Return the number of steps of a run over so many dialogues.
+
+    Raises:
+        UsageError: they do not fill one batch.
+    """
+    if rows < config.batch_size:
+        raise UsageError(f"{rows} dialogues are fewer than --batch_size {config.batch_size}: lower it")
+    return config.max_steps or max(1, math.ceil(config.epochs * (rows // config.batch_size)))
+
+
+def training_arguments(config: TrainConfig, work_dir: Path, rows: int) -> TrainingArguments:
+    """Return the arguments of the trainer.
+
+    Raises:
+        UsageError: a batch larger than the data.
+        DistributedError: processes that would each train alone, or one that would split batches over several GPUs.
+    """
+    size, forwards = shares(config)
+    steps = steps_of(config, rows)
+    bfloat16 = config.dtype == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    arguments = TrainingArguments(
+        **reproducible_arguments(
+            output_dir=str(work_dir),
+            seed=config.seed,
+            max_steps=steps,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=forwards,
+            learning_rate=config.lr,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": _LAST},
+            warmup_steps=math.ceil(WARMUP * steps),
+            max_grad_norm=1.0,
+            bf16=bfloat16,
+            save_steps=config.save_steps,
+            save_total_limit=2,
+            logging_steps=min(20, steps),
+            report_to=config.report_to,
+            disable_tqdm=config.quiet,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=not torch.accelerator.is_available(),  # without it accelerate starts no process group on a CPU
+        )
+    )
+    if arguments.world_size != world_size():
+        raise DistributedError(
+            f"{world_size()} processes were started and each would train alone: start them with torchrun or accelerate launch"
+        )
+    if arguments.n_gpu > 1:
+        raise DistributedError(
+            f"one process sees {arguments.n_gpu} GPUs: start one a GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    return arguments
