@@ -1,10 +1,10 @@
 """One format for everything llmrl attaches to a frozen model: what a head is, what it was fitted on, how it is stored.
 
 A head reads the hidden states that enter the output embedding (after the final norm) and either changes the logits
-(`kind="temperature"`, "vector" or "value") or produces scores of its own (`kind="reward"`). It is described by a `HeadSpec`, lives in
-float32 whatever the base's dtype, and is stored as tensors `llmrl_heads.<name>.<parameter>` in `llmrl_heads.safetensors`. The
-folder's `config.json` holds the base's configuration with `model_type: "llmrl"` and the `HeadsConfig` under the key
-`llmrl`; a program without llmrl therefore refuses the folder instead of silently serving the base.
+(`kind="temperature"`, "vector" or "value") or produces scores of its own (`kind="reward"`). It is described by a `HeadSpec`,
+lives in float32 whatever the base's dtype, and is stored as tensors `llmrl_heads.<name>.<parameter>` in
+`llmrl_heads.safetensors`. The folder's `config.json` holds the base's configuration with `model_type: "llmrl"` and the
+`HeadsConfig` under the key `llmrl`; a program without llmrl therefore refuses the folder instead of silently serving the base.
 
 A head belongs to one base: `BaseReference` records fingerprints of weights, tokenizer and chat template
 (`llmrl.fingerprints`).

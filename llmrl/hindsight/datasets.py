@@ -198,8 +198,7 @@ def _deal(turns: Sequence[Said], strategies: Sequence[str], least: float, most: 
         prices = [number for number in numbers if least <= number <= most]
         if prices and prices[-1] != price:
             price, deal, named_by = prices[-1], None, {turn.by_agent}
-            continue
-        if prices:
+        elif prices:
             named_by.add(turn.by_agent)
         if strategy == "agree" and (not turn.by_agent) in named_by:
             deal = price

@@ -4,8 +4,8 @@ A head that sees one user has that user's few pairs; a head that sees everybody 
 two, each group goes to the head that predicts it best, each head is trained on its groups, and so on until no group moves (the
 hard assignment of arXiv 2402.08925, with linear heads). Where nothing says who labelled, clusters of pairs stand for groups.
 
-A group is judged on pairs that its head was not trained on. On pairs it was trained on every head looks good, and the first
-random assignment would stay.
+A group is judged on pairs that its head was not trained on (their texts may recur in others). On pairs it was trained on every
+head looks good, and the first random assignment would stay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from llmrl.hyre.diversity import HeadPlan, clusters_of, normalised
 from llmrl.hyre.fit import FitSettings, Pairs, fit_heads, row_losses
 
 _ROUNDS = 20
-_CLUSTERS_A_HEAD = 4  # clusters for each head, where there are no groups
+_CLUSTERS_A_HEAD, _PAIRS_A_CLUSTER = (
+    4,
+    4,
+)  # where there are no groups: most clusters for each head, fewest pairs of each
 _STEPS = 50  # of L-BFGS a round: what is sought is an order of losses
 Index = NDArray[np.int64]
 
@@ -45,15 +48,16 @@ def em_plan(
         seed: of the first assignment, the halves and the clusters.
 
     Raises:
-        DataError: more heads than groups, or a group of one pair.
+        DataError: more heads than groups or clusters, or a group of one pair.
     """
     rng = np.random.default_rng([seed, 2])
     names, of = _units(examples, heads, groups, seed)
     count = np.bincount(of)
     if heads > len(names):
+        what, instead = ("groups", "group") if groups is not None else ("clusters of pairs", "cluster")
         raise DataError(
-            f"--diversity em finds heads that several groups share: {heads} heads for {len(names)} groups; ask for fewer "
-            "--heads, or use --diversity group"
+            f"--diversity em finds heads that several {what} share: {heads} heads for {len(names)} {what}; ask for fewer "
+            f"--heads, or use --diversity {instead}"
         )
     if count.min() < 2:
         raise DataError(f"--diversity em needs two pairs of each group, {names[int(count.argmin())]!r} has one")
@@ -75,7 +79,13 @@ def _units(examples: Pairs, heads: int, groups: Sequence[str] | None, seed: int)
     if groups is not None:
         found, of = np.unique(np.asarray(groups), return_inverse=True)
         return found.tolist(), of
-    of = clusters_of(((examples.chosen + examples.rejected) / 2).numpy(), _CLUSTERS_A_HEAD * heads, seed)
+    centres = ((examples.chosen + examples.rejected) / 2).numpy()
+    clusters = max(1, min(_CLUSTERS_A_HEAD * heads, len(centres) // _PAIRS_A_CLUSTER))
+    of = clusters_of(centres, clusters, seed)
+    large = np.flatnonzero(np.bincount(of) > 1)  # a pair that is alone goes to the nearest of the others
+    means = np.stack([centres[of == c].mean(0) for c in large])
+    for row in np.flatnonzero(~np.isin(of, large)):
+        of[row] = large[((means - centres[row]) ** 2).sum(1).argmin()]
     kept, of = np.unique(of, return_inverse=True)
     return [f"cluster {c}" for c in kept.tolist()], of
 

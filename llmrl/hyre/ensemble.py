@@ -30,6 +30,7 @@ from llmrl.reward_heads import RewardHead, build_reward_head
 ENSEMBLE_FILE = "reward_ensemble.json"
 FORMAT = 1
 HEAD_NAME, SINGLE_NAME = "reward", "single"
+OWN_BASE = "base"  # stands for the checkpoint in the folder; any other local base is named by its absolute path
 
 
 @dataclass
@@ -38,7 +39,7 @@ class RewardEnsemble:
 
     Attributes:
         head: scores `[..., H] -> [..., K]` of raw features.
-        base_name: folder or hub name of the base.
+        base_name: absolute folder or hub name of the base; OWN_BASE for the one that lies in the ensemble's folder.
         base_kind: "encoder" or "causal_lm".
         base_identity: fingerprints of its weights, tokenizer and template.
         reads: "answer" or "dialogue", see `llmrl.hyre.features.embed_pairs`.
@@ -72,8 +73,10 @@ class RewardEnsemble:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the base, what is read, and the heads' tensors."""
-        digest = hashlib.sha256(json.dumps([self.base_kind, self.base_identity, self.reads, self.max_length]).encode())
+        """A hash of the base, what of it is read and how, and the heads' tensors."""
+        scale = self.facts.get("feature_scale", 1.0)  # of corrections
+        facts = [self.base_kind, self.base_identity, self.reads, self.max_length, self.dtype, scale]
+        digest = hashlib.sha256(json.dumps(facts).encode())
         for name, tensor in sorted(head_tensors(nn.ModuleDict({HEAD_NAME: self.head})).items()):
             digest.update(name.encode() + tensor.numpy().tobytes())
         return "sha256:" + digest.hexdigest()[:32]
@@ -164,7 +167,7 @@ def load_ensemble(folder: Path | str) -> RewardEnsemble:
             )
         head = build_reward_head(HeadSpec(**fields["head"]))
         base = fields["base"]
-        name = str(folder / base["name"]) if base["name"] == "base" else base["name"]
+        name = str(folder / OWN_BASE) if base["name"] == OWN_BASE else base["name"]
         made = RewardEnsemble(
             head,
             name,
@@ -184,6 +187,8 @@ def load_ensemble(folder: Path | str) -> RewardEnsemble:
         raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}): train again") from error
     if made.reads not in TEXTS:
         raise ModelError(f"{path}: expected 'reads' out of {', '.join(TEXTS)}, got {made.reads!r}")
+    if any(len(column) not in (0, made.heads) for column in (made.names, made.signs)):
+        raise ModelError(f"{path} is damaged: expected a name and a sign for each of {made.heads} heads; train again")
     load_head_tensors(made._modules(), read_tensors(folder / HEADS_FILE))
     made._modules().requires_grad_(False)
     if made.fingerprint != said:

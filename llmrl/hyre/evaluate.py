@@ -120,17 +120,29 @@ def table(
 
     Returns:
         {"methods": {name: {n: {"value", "low", "high"}}}, "paired": {"a - b": {n: ...}}, "harm": {name: {n: ...}},
-        "crossover": n or None, "strongest_finetune": {n: name}, "per_user": {name: {user: {n: value}}}, "sizes", "draws",
-        "users"}
+        "crossover": n or None, "strongest_finetune": {n: name}, "per_user": {name: {user: {n: value}}}, "sizes",
+        "sizes_left_out" (some user has too few pairs for them), "users_left_out" (too few for any), "draws", "users"}
+
+    Raises:
+        DataError: no user, or no size, is left.
     """
     rows: list[dict[tuple[str, int], Array]] = []
-    common = set(sizes)
+    common, left_out = set(sizes), {}
     for i, user in enumerate(users):
-        found, possible = accuracies(user, sizes, draws, seed + i)
-        rows.append(found)
-        common &= set(possible)
+        try:
+            found, possible = accuracies(user, sizes, draws, seed + i)
+        except DataError as error:
+            left_out[user.name] = str(error)
+        else:
+            rows.append(found)
+            common &= set(possible)
         if advance is not None:
             advance(i + 1, len(users))
+    if not rows or not common:
+        why = next(iter(left_out.values())) if not rows else f"no user has pairs for {min(sizes)} labels"
+        raise DataError(f"nothing can be measured: {why}")
+    clusters = [c for c, user in zip(clusters, users, strict=True) if user.name not in left_out] if clusters else None
+    users = [user for user in users if user.name not in left_out]
     kept = sorted(common)
     values = {
         key: np.stack([row[key] for row in rows])
@@ -172,6 +184,8 @@ def table(
             for name in ("uniform", "hyre", "refine", FINETUNED)
         },
         "sizes": kept,
+        "sizes_left_out": [n for n in sizes if n not in common],
+        "users_left_out": sorted(left_out),
         "draws": draws,
         "users": len(users),
     }
@@ -217,7 +231,8 @@ class Resample:
             list(clusters) if clusters is not None else list(map(str, range(users))), return_inverse=True
         )
         self.users = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=count)[:, of].astype(float)
-        self.draws = [rng.multinomial(draws, np.full(draws, 1 / draws), size=users) / draws for _ in range(count)]
+        each = np.full(draws, 1 / draws)
+        self.draws = [rng.multinomial(draws, each, size=users).astype(np.float32) / draws for _ in range(count)]
 
     def interval(self, values: Array, *, signed: bool = False) -> dict[str, float]:
         """Return the mean of `[users, draws]` with its 95% interval."""

@@ -20,6 +20,7 @@ from llmrl.hyre.pairs import Pair, read_pairs
 from llmrl.hyre.plots import draw_plots
 from llmrl.hyre.reliability import calibration
 from llmrl.hyre.report import report_markdown
+from llmrl.hyre.run import refuse_inputs
 from llmrl.reward_heads import RewardHead, build_reward_head
 from llmrl.training.run import write_run_files
 from llmrl.training.tracking import progress_bar
@@ -31,6 +32,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     Raises:
         DataError: pairs without users, or users with too few pairs.
     """
+    refuse_inputs(Path(config.output_dir).expanduser(), [config.model])
     folder = check_output_dir(config.output_dir, overwrite=config.overwrite)
     pairs = read_pairs(config.pairs)
     ensemble = load_ensemble(config.model)
@@ -51,8 +53,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "heads": ensemble.heads,
         "warning": ensemble.facts.get("warning"),
     }
+    users = [user for user in users if user.name not in report["users_left_out"]]
+    report["calibration"] = calibration(users, report["sizes"], config.draws, config.seed)
     report["heat_map"] = heat_map(users)
-    report["calibration"] = calibration(users, report["sizes"])
     text = report_markdown(report)
     with staging_folder(folder) as staging:
         write_json(staging / "report.json", report)

@@ -35,7 +35,8 @@ from llmrl.heads import HeadsConfig
 from llmrl.hyre.ensemble import HEAD_NAME, RewardEnsemble, load_ensemble
 from llmrl.hyre.features import CausalFeatures, last_states, open_features
 from llmrl.hyre.options import ExportConfig
-from llmrl.hyre.pairs import Messages
+from llmrl.hyre.pairs import PROBES, Messages
+from llmrl.hyre.run import refuse_inputs
 from llmrl.modeling import save_heads_folder
 from llmrl.reward_heads import RewardMLPHead
 from llmrl.training import write_model_card
@@ -46,14 +47,6 @@ EXPORT_FILE = "reward_export.json"
 EXPORT_FORMAT = 1
 TOLERANCE = 1e-4  # of scores in float32, where the largest is 1 or less; else of the largest
 _INDEX = "model.safetensors.index.json"
-PROBES: tuple[tuple[Messages, str], ...] = (  # of different lengths: padding is checked with them
-    ((("user", "Hello."),), "Hello! How can I help you today?"),
-    ((("user", "Tell me about a small town near the sea."),), "It is quiet."),
-    (
-        (("user", "What is two and two?"), ("assistant", "Four."), ("user", "Are you sure?")),
-        "Yes. Take two apples, then two more, and count them: one, two, three, four. It is the same with anything else.",
-    ),
-)
 
 Array = NDArray[np.float64]
 
@@ -80,6 +73,7 @@ class _Reference:
 
 def export(config: ExportConfig) -> Exported:
     """Do what `llmrl hyre export` is asked for; see `export_ensemble`."""
+    refuse_inputs(Path(config.output_dir).expanduser(), [config.model])
     done = export_ensemble(load_ensemble(config.model), config.output_dir, form=config.form, overwrite=config.overwrite)
     if not config.quiet:
         print(

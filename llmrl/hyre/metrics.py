@@ -28,18 +28,19 @@ def disagreement(margins: ArrayLike) -> float:
     return float((2 * p * (1 - p)).mean() * heads / (heads - 1))
 
 
-def collapse_warning(share: float, heads: int) -> str | None:
+def collapse_warning(share: float, heads: int, measured_on: str = "held-out") -> str | None:
     """Return what to say of an ensemble whose heads agree, or None.
 
     Args:
-        share: `disagreement` on held-out pairs.
+        share: `disagreement` on some pairs.
         heads: K.
+        measured_on: which pairs those are.
     """
     if heads < 2:
         return "one head: there is nothing to reweight, adapt will return it unchanged"
     if share >= LEAST_DISAGREEMENT:
         return None
     return (
-        f"the {heads} heads disagree on {share:.1%} of held-out pairs, below {LEAST_DISAGREEMENT:.0%}: reweighting them moves "
-        "next to nothing\ngive the pairs a 'group' column (who labelled them), or try --diversity cluster or --prior mlp"
+        f"the {heads} heads disagree on {share:.1%} of {measured_on} pairs, below {LEAST_DISAGREEMENT:.0%}: reweighting them "
+        "moves next to nothing\ngive the pairs a 'group' column (who labelled them), or try --diversity cluster or --prior mlp"
     )

@@ -96,8 +96,8 @@ class AdaptConfig:
 
     def __post_init__(self) -> None:
         _check(self, {"beta": 0})
-        if not self.l2 > 0:
-            raise UsageError(f"--l2 must be above 0, got {self.l2}")
+        if not 0 < self.l2 < float("inf") or self.beta == float("inf"):
+            raise UsageError(f"expected finite --l2 above 0 and --beta of at least 0, got {self.l2} and {self.beta}")
 
 
 @dataclass
@@ -122,7 +122,8 @@ class EvalConfig:
     pairs: list[str] = option(help=f"{_PAIRS}, and group: the user; users that the ensemble was not trained on")
     output_dir: str = option(help="where report.json, report.md and plots go")
     sizes: list[int] = option(
-        [1, 2, 5, 10, 20, 32, 64, 128], help="numbers of labels; those no user has enough pairs for are left out"
+        [1, 2, 5, 10, 20, 32, 64, 128],
+        help="numbers of labels; those that some user has too few pairs for are left out",
     )
     draws: int = option(100, help="draws of the labels, for each user")
     bootstrap_draws: int = option(2000, help="resamples behind the 95% intervals")

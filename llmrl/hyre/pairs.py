@@ -16,6 +16,16 @@ from llmrl.errors import DataError
 from llmrl.jsonl import read_objects, text_field
 
 Messages = tuple[tuple[str, str], ...]  # (role, content)
+PROBES: tuple[
+    tuple[Messages, str], ...
+] = (  # texts that tell one model from another; of different lengths, for padding
+    ((("user", "Hello."),), "Hello! How can I help you today?"),
+    ((("user", "Tell me about a small town near the sea."),), "It is quiet."),
+    (
+        (("user", "What is two and two?"), ("assistant", "Four."), ("user", "Are you sure?")),
+        "Yes. Take two apples, then two more, and count them: one, two, three, four. It is the same with anything else.",
+    ),
+)
 
 
 @dataclass(frozen=True)

@@ -127,11 +127,11 @@ def reliability(path: Path, users: Sequence[UserPairs], labels: int = 5, draws: 
 
     figure, axes = plt.subplots(figsize=(4.6, 4.4), layout="constrained")
     axes.plot([0.5, 1], [0.5, 1], color="#999999", lw=0.8)
-    for title, colour, margins in (
+    for title, colour, (margins, weights) in (
         ("uniform ensemble", "#333333", held_margins(users, 0, draws)),
         (f"after {labels} labels", "#1f5fa8", held_margins(users, labels, draws)),
     ):
-        confidence, right, error = reliability_bins(margins)
+        confidence, right, error = reliability_bins(margins, weights)
         axes.plot(confidence, right, color=colour, marker="o", ms=4, label=f"{title}: ECE {error:.3f}")
     axes.set_xlabel("probability of the side that the ensemble prefers")
     axes.set_ylabel("share of pairs where it is right")

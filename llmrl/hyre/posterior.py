@@ -129,7 +129,7 @@ class HyrePosterior:
         forgetting: float = 1.0,
         ensemble: str = "",
     ) -> None:
-        if heads < 1 or not beta >= 0 or not 0 < forgetting <= 1 or loss not in LOSSES:
+        if heads < 1 or not 0 <= beta < np.inf or not 0 < forgetting <= 1 or loss not in LOSSES:
             raise DataError(
                 f"expected heads >= 1, beta >= 0, 0 < forgetting <= 1 and a loss out of {', '.join(LOSSES)}, got {heads}, "
                 f"{beta}, {forgetting} and {loss!r}"
@@ -240,6 +240,13 @@ class HyrePosterior:
             raise DataError(f"expected the outputs of {self.heads} heads, got {f.shape[-1]}")
         return (probabilities(f) if as_probability else f) @ self.weights
 
+    def predict_classes(self, outputs: ArrayLike) -> Array:
+        """Return the weighted logits `[..., C]` of a classifier's outputs `[..., K, C]`."""
+        f = np.asarray(outputs, np.float64)
+        if f.ndim < 2 or f.shape[-2] != self.heads:
+            raise DataError(f"expected the logits [..., {self.heads}, C] of {self.heads} heads, got {list(f.shape)}")
+        return np.asarray((f * self.weights[:, None]).sum(-2))
+
     def to_json(self) -> dict[str, Any]:
         """Return the state: settings and each label's losses, from which everything else follows."""
         return {
@@ -269,7 +276,7 @@ class HyrePosterior:
             names = ("prior", "beta", "loss", "forgetting", "ensemble")
             made = cls(int(fields["heads"]), **{name: fields[name] for name in names})
             rows = np.asarray(fields["losses"], np.float64).reshape(-1, made.heads)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"the state of a user is damaged ({type(error).__name__}: {error}); label again") from error
         if len(rows) != len(fields["losses"]) or not np.isfinite(rows).all():
             raise DataError(f"the state of a user is damaged: expected {made.heads} finite losses a label")

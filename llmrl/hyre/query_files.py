@@ -24,6 +24,7 @@ from llmrl.errors import DataError, HeadMismatchError, LlmrlError, OutputError, 
 from llmrl.files import write_json
 from llmrl.hyre.pairs import Pair, read_pair, read_pairs
 from llmrl.hyre.query_options import QueryConfig
+from llmrl.hyre.run import refuse_inputs
 
 FORMAT = 1
 
@@ -54,14 +55,14 @@ class SessionFiles:
         labels: the JSONL file of labels.
         session: the JSON file beside it.
         skipped: keys of the pairs not to be asked again.
-        undone: keys of the pairs whose label was taken back, in order.
+        undone: keys of the pairs whose label was taken back, in order; a record for people, nothing follows from it.
     """
 
     def __init__(self, config: QueryConfig) -> None:
         self.user = Path(config.output).expanduser()
         self.labels = Path(config.labels or self.user.with_name(f"{self.user.stem}.labels.jsonl")).expanduser()
         self.session = self.labels.with_suffix(".session.json")
-        self.overwrite = config.overwrite
+        self.overwrite, self.inputs = config.overwrite, [*config.pairs, config.model]
         self.skipped: list[str] = []
         self.undone: list[str] = []
         self._ensemble, self._fd, self._begun = "", -1, False
@@ -71,8 +72,10 @@ class SessionFiles:
 
         Raises:
             UsageError: two of the files are one.
-            OutputError: one is a folder, or holds something that the session to go on with did not write.
+            OutputError: one is a folder or the pool, or holds something that the session to go on with did not write.
         """
+        for path in (self.user, self.labels, self.session):
+            refuse_inputs(path, self.inputs)
         if len({path.absolute() for path in (self.user, self.labels, self.session)}) < 3:
             raise UsageError(
                 f"--output {self.user} is also the file of the labels or of the session: name another file"

@@ -51,9 +51,15 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         rows = [[n, *(f"{of[key]:.4f}" for key in ("ece", "nll", "brier"))] for n, of in report["calibration"].items()]
         rows[0][0] = "0 (uniform)"
         parts.append(
-            "Probabilities of HyRe's margins on the same pairs:\n\n"
+            "Probabilities of HyRe's margins on the same pairs, a mean over users:\n\n"
             + aligned_table(["labels", "ECE", "NLL", "Brier"], rows)
         )
+    if report.get("sizes_left_out"):
+        parts.append(
+            f"Left out, because some user has too few pairs: n = {', '.join(map(str, report['sizes_left_out']))}."
+        )
+    if report.get("users_left_out"):
+        parts.append(f"Users with too few pairs to measure, left out: {', '.join(report['users_left_out'])}.")
     at = report["crossover"]
     parts.append(
         f"Fine-tuning is above reweighting from n = {at} on."

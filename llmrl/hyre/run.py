@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,34 @@ from llmrl.hyre.ensemble import RewardEnsemble, load_ensemble
 from llmrl.hyre.metrics import accuracy
 from llmrl.hyre.options import AdaptConfig, ScoreConfig
 from llmrl.hyre.pairs import Pair, read_pairs
-from llmrl.hyre.user import User, adapt, load_user, refuse_contradictions
+from llmrl.hyre.user import User, adapt, load_user, once_each
 from llmrl.jsonl import write_objects
 
 
-def check_output_file(path: str, *, overwrite: bool) -> Path:
+def check_output_file(path: str, inputs: Sequence[str | None], *, overwrite: bool) -> Path:
     """Return the path of a file to write.
 
     Raises:
-        OutputError: it is there and may not be replaced, or is a folder.
+        OutputError: it is there and may not be replaced, is a folder, or is one of the inputs.
     """
     file = Path(path).expanduser()
+    refuse_inputs(file, inputs)
     if file.is_dir():
         raise OutputError(f"--output {file} is a folder: name a file")
     if file.exists() and not overwrite:
         raise OutputError(f"--output {file} is there; --overwrite replaces it")
     return file
+
+
+def refuse_inputs(output: Path, inputs: Sequence[str | None]) -> None:
+    """Refuse an output that would replace what it is made of, whatever may be overwritten.
+
+    Raises:
+        OutputError: names it.
+    """
+    for name in inputs:
+        if name is not None and output.resolve() == Path(name).expanduser().resolve():
+            raise OutputError(f"{output} is read and would be replaced: name another output")
 
 
 def adapt_user(config: AdaptConfig) -> User:
@@ -38,9 +51,8 @@ def adapt_user(config: AdaptConfig) -> User:
     Raises:
         DataError: labels that cannot be used: none, contradictory, or with scores that are not finite.
     """
-    path = check_output_file(config.output, overwrite=config.overwrite)
-    pairs = read_pairs(config.pairs)
-    refuse_contradictions(pairs)
+    path = check_output_file(config.output, [*config.pairs, config.model], overwrite=config.overwrite)
+    pairs = once_each(read_pairs(config.pairs))
     ensemble = load_ensemble(config.model)
     chosen, rejected = _features(ensemble, pairs, config.cache_dir, config.quiet)
     user = adapt(
@@ -60,7 +72,7 @@ def adapt_user(config: AdaptConfig) -> User:
 
 def score_pairs(config: ScoreConfig) -> list[dict[str, object]]:
     """Write `{"margin", "head_margins"}` of each pair, in order, and return the rows."""
-    path = check_output_file(config.output, overwrite=config.overwrite)
+    path = check_output_file(config.output, [*config.pairs, config.model, config.user], overwrite=config.overwrite)
     pairs = read_pairs(config.pairs)
     ensemble = load_ensemble(config.model)
     user = None if config.user is None else load_user(config.user, ensemble)

@@ -30,6 +30,7 @@ class Choice:
         gain: log predictive a label above the prior's, of the choice before the guard.
         error: standard error of `gain`; None with fewer than two labels.
         scores: log predictive a label of every candidate.
+        without_guard: the beta that was chosen before the guard.
     """
 
     loss: str
@@ -38,6 +39,7 @@ class Choice:
     gain: float
     error: float | None
     scores: dict[str, float]
+    without_guard: float
 
 
 def leave_one_out(
@@ -90,13 +92,15 @@ def choose(
         default: what stands with too few labels to choose.
 
     Raises:
-        DataError: no label, or something that is not finite.
+        DataError: no label, something that is not finite, or the squared loss.
     """
     f = np.asarray(outputs, np.float64)
     y = np.ones(len(f)) if targets is None else np.asarray(targets, np.float64)
     if not len(f):
         raise DataError("expected at least one label, got none")
     grid = candidates or tuple((loss, beta) for loss in ("nll", "zero_one") for beta in BETAS)
+    if any(loss == "squared" for loss, _ in (default, *grid)):
+        raise DataError("choose() is about labels of 0 and 1; of numbers, compare leave_one_out_squared over betas")
     rows = {name: label_losses(f, y, name) for name in {default[0], *(loss for loss, _ in grid)}}
     found = {c: leave_one_out(rows[c[0]], f, y, c[1], prior) for c in dict.fromkeys((default, *grid))}
     before = leave_one_out(rows[default[0]], f, y, 0.0, prior)
@@ -108,10 +112,10 @@ def choose(
         gain, error = _paired(found[candidate], found[default])
         best = candidate if gain > _quantile_of_t(len(f) - 1) * error else default
     if len(f) < 2:  # nothing is left out of one label
-        return Choice(*best, False, 0.0, None, scores)
+        return Choice(*best, False, 0.0, None, scores, best[1])
     gain, error = _paired(found[best], before)
     guarded = gain < 0 and len(f) >= LEAST_GUARDED
-    return Choice(best[0], 0.0 if guarded else best[1], guarded, gain, error, scores)
+    return Choice(best[0], 0.0 if guarded else best[1], guarded, gain, error, scores, best[1])
 
 
 def _paired(a: Array, b: Array) -> tuple[float, float]:
@@ -120,6 +124,6 @@ def _paired(a: Array, b: Array) -> tuple[float, float]:
 
 
 def _quantile_of_t(freedom: int) -> float:
-    """Return the 97.5% quantile of Student's t; from 11 degrees of freedom on to 0.01."""
+    """Return the 97.5% quantile of Student's t; from 11 degrees of freedom on to 0.02."""
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.5 / freedom

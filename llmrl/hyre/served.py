@@ -55,15 +55,12 @@ class ServedEnsemble:
         self.ensemble = load_ensemble(self.folder)
         self.heads, self.fingerprint = self.ensemble.heads, self.ensemble.fingerprint
         self._bias, self._tokenizer = np.zeros(self.heads), None
-        if self.ensemble.base_kind == "encoder":
-            return
-        exported = _read_export(self.folder)
-        self._tokenizer = load_tokenizer(self.folder)
-        if exported["form"] == "stock":
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            self._bias = np.asarray(config[BIAS_KEY], np.float64)
-        if check:
-            self._check(exported["probes"])
+        probes = self.ensemble.facts.get("probes", [])
+        if self.ensemble.base_kind != "encoder":
+            probes, self._bias = _read_export(self.folder, self.heads)
+            self._tokenizer = load_tokenizer(self.folder)
+        if check and probes:
+            self._check(probes)
 
     def text(self, prompt: Messages, answer: str) -> str:
         """Return what the server is asked to read: the text that `RewardEnsemble.text` gives."""
@@ -101,16 +98,30 @@ class ServedEnsemble:
             )
 
 
-def _read_export(folder: Path) -> dict[str, Any]:
+def _read_export(folder: Path, heads: int) -> tuple[list[dict[str, Any]], Array]:
+    """Return the texts with their scores, and the bias of each head that the server leaves out.
+
+    Raises:
+        ModelError: the folder was not exported, by another version, or is damaged.
+    """
     path = folder / EXPORT_FILE
     if not path.is_file():
         raise ModelError(f"{folder} is no exported ensemble: write one with llmrl hyre export and serve it")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("format") != EXPORT_FORMAT:
-        raise ModelError(
-            f"{path} has format {found.get('format')!r}, expected {EXPORT_FORMAT}: install the llmrl that wrote it"
-        )
-    return found
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != EXPORT_FORMAT:
+            raise ModelError(
+                f"{path} has format {found['format']!r}, expected {EXPORT_FORMAT}: install the llmrl that wrote it"
+            )
+        bias = np.zeros(heads)
+        if found["form"] == "stock":
+            bias = np.asarray(json.loads((folder / "config.json").read_text(encoding="utf-8"))[BIAS_KEY], np.float64)
+        probes = [{"text": str(p["text"]), "scores": list(p["scores"])} for p in found["probes"]]
+        if bias.shape != (heads,) or any(len(p["scores"]) != heads for p in probes):
+            raise ValueError(f"expected {heads} numbers a text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder} is damaged ({type(error).__name__}: {error}): export it again") from error
+    return probes, bias
 
 
 class EmbeddingRewardClient(HttpRewardClient):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llmrl.hyre.features import CausalFeatures, Features, embed_pairs, open_feat
 from llmrl.hyre.fit import FitSettings, HeadShape, Pairs, feature_scale, fit_heads
 from llmrl.hyre.metrics import accuracy, collapse_warning, disagreement
 from llmrl.hyre.options import TrainConfig
-from llmrl.hyre.pairs import Pair, one_prompt, read_pairs
+from llmrl.hyre.pairs import PROBES, Pair, one_prompt, read_pairs
 from llmrl.training.distributed import is_main_process
 from llmrl.training.run import write_model_card, write_run_files
 from llmrl.training.tracking import progress_bar
@@ -97,7 +98,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     report = report_of(ensemble, pairs, chosen, rejected, held, plan) | {"base": name}
     report["feature_scale"] = float(feature_scale(examples)[1][0])
     report["texts_cut"] = int(getattr(base, "cut", 0))
-    ensemble.facts = {name: value for name, value in report.items() if name != "head_accuracy"}
+    report["groups_unused"] = len({p.group for p in rows} - {rows[i].group for i in np.flatnonzero(plan.rows.any(0))})
+    if base.kind == "encoder":
+        report["probes"] = _probes(ensemble, reads)
+    ensemble.facts = {name: value for name, value in report.items() if name not in ("head_accuracy", "groups_unused")}
     with staging_folder(folder) as staging:
         if tuned:
             move_base(work_folder(folder), staging, folder)
@@ -110,6 +114,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         shutil.rmtree(work_folder(folder))
     _say(config, ensemble, report, folder, time.monotonic() - started)
     return report
+
+
+def _probes(ensemble: RewardEnsemble, reads: str) -> list[dict[str, Any]]:
+    """Return texts and scores by which a client knows a server of the encoder."""
+    texts = [ensemble.base.text(prompt if reads == "dialogue" else (), answer) for prompt, answer in PROBES]
+    with torch.inference_mode():
+        scores = ensemble.head(ensemble.base.embed(texts)).double().tolist()
+    return [{"text": text, "scores": row} for text, row in zip(texts, scores, strict=True)]
 
 
 def weights_dtype(dtype: str, tuning: str) -> str:
@@ -167,12 +179,16 @@ def reads_of(option: str, pairs: list[Pair]) -> str:
 
 
 def held_out_rows(pairs: list[Pair], share: float, seed: int) -> NDArray[np.bool_]:
-    """Return which rows only measure, `[N]`: whole prompts where there are several, else rows."""
+    """Return which rows only measure, `[N]`: whole prompts where there are several, else rows (whose texts may recur)."""
     keys = [pair.where for pair in pairs] if one_prompt(pairs) else [str(pair.prompt) for pair in pairs]
     names = sorted(set(keys))
     rng = np.random.default_rng([seed, 1])
     count = round(share * len(names))
     out = {names[i] for i in rng.permutation(len(names))[:count]} if count < len(names) else set()
+    left = {pair.group for pair, key in zip(pairs, keys, strict=True) if key not in out}
+    out -= {
+        key for pair, key in zip(pairs, keys, strict=True) if pair.group not in left
+    }  # a group is never held out whole
     return np.array([key in out for key in keys])
 
 
@@ -183,11 +199,19 @@ def margins_of(pairs: list[Pair]) -> torch.Tensor | None:
     return torch.tensor([pair.margin for pair in pairs], dtype=torch.float32)
 
 
+def _recipe_of(groups: list[str], heads: int) -> str:
+    """Return what suits: a group a head; where there are more groups, groups that agree share one."""
+    counts = Counter(groups)
+    if len(counts) < 2:
+        return "cluster"
+    return "em" if len(counts) > heads and min(counts.values()) > 1 else "group"
+
+
 def plan_for(config: TrainConfig, pairs: list[Pair], examples: Pairs) -> HeadPlan:
     """Return the diversity plan that the options and the pairs ask for."""
     groups = [pair.group for pair in pairs]
     if config.diversity == "auto":
-        recipe = "none" if config.heads == 1 else "group" if len(set(groups)) > 1 else "cluster"
+        recipe = "none" if config.heads == 1 else _recipe_of(groups, config.heads)
     else:
         recipe = config.diversity
     known = set(groups) - {""}
@@ -242,7 +266,7 @@ def report_of(
             "mean_head": float(found.mean()),
         },
         "disagreement": share,
-        "warning": collapse_warning(share, ensemble.heads),
+        "warning": collapse_warning(share, ensemble.heads, "held-out" if held.any() else "training"),
         "turned_heads": int((plan.signs < 0).sum()),
         "head_accuracy": found.tolist(),
     }
@@ -267,9 +291,10 @@ def _card(folder: Path, ensemble: RewardEnsemble, report: dict[str, Any]) -> Non
 def _say(config: TrainConfig, ensemble: RewardEnsemble, report: dict[str, Any], folder: Path, seconds: float) -> None:
     if report["warning"]:
         print(f"warning: {report['warning']}", file=sys.stderr, flush=True)
-    if report["texts_cut"]:
+    if report["groups_unused"]:
         print(
-            f"warning: {report['texts_cut']} texts were longer than the base reads and were cut",
+            f"warning: {report['groups_unused']} of {report['groups']} groups have no head and are not learnt from: ask for "
+            "more --heads, or use --diversity em, where groups share heads",
             file=sys.stderr,
             flush=True,
         )

@@ -171,7 +171,7 @@ def encode_pairs(
     """Return the data set: ids of both texts, N times the weights of each head `[K]`, and the margin.
 
     Raises:
-        DataError: a text longer than the base reads; its end is what is read, so it is not cut.
+        DataError: a text longer than the base reads, see `CausalFeatures.ids`.
     """
     weights = torch.from_numpy(len(pairs) * plan.rows.T).contiguous()
     made = []
@@ -179,11 +179,10 @@ def encode_pairs(
         row: dict[str, Any] = {"weights": weights[i], "margin": 0.0 if margin is None else float(margin[i])}
         for side in ("chosen", "rejected"):
             text = base.text(pair.prompt if reads == "dialogue" else (), getattr(pair, side))
-            row[side] = base.base.tokenizer(text)["input_ids"]
-            if not 1 <= len(row[side]) <= base.max_length:
-                raise DataError(
-                    f"{pair.where}: the {side} text has {len(row[side])} tokens, expected 1 to {base.max_length}"
-                )
+            try:
+                row[side] = base.ids(text)
+            except DataError as error:
+                raise DataError(f"{pair.where}: {side}: {error}") from None
         made.append(row)
     return made
 

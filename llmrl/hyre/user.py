@@ -6,6 +6,7 @@ It holds no text of the labels, only numbers, and the fingerprint of the ensembl
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def adapt_margins(
     betas = BETAS if beta is None else (beta,)
     default = (loss or DEFAULT[0], DEFAULT[1] if beta is None else beta)
     choice = choose(margins, candidates=tuple((name, b) for name in losses for b in betas), default=default)
-    used = choice.beta if guard or not choice.guarded else default[1]
+    used = choice.beta if guard else choice.without_guard
     posterior = HyrePosterior(margins.shape[1], beta=used, loss=choice.loss, ensemble=ensemble)
     posterior.update(margins)
     correction = None
@@ -171,17 +172,20 @@ def load_user(path: Path | str, ensemble: RewardEnsemble) -> User:
     return User(posterior, choice, correction)
 
 
-def refuse_contradictions(pairs: Sequence[Pair]) -> None:
-    """Refuse labels of one user that say the opposite of each other.
+def once_each(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the labels of one user without those that say what another one says: leave-one-out would predict each by itself.
 
     Raises:
-        DataError: with the places of both.
+        DataError: two labels say the opposite of each other; names the places of both.
     """
-    seen: dict[tuple[Any, str, str], str] = {}
+    found: dict[tuple[Any, str, str], Pair] = {}
     for pair in pairs:
-        other = seen.get((pair.prompt, pair.rejected, pair.chosen))
+        other = found.get((pair.prompt, pair.rejected, pair.chosen))
         if other is not None:
             raise DataError(
-                f"{pair.where} says the opposite of {other}: one user cannot prefer both; remove one of them"
+                f"{pair.where} says the opposite of {other.where}: one user cannot prefer both; remove one of them"
             )
-        seen[(pair.prompt, pair.chosen, pair.rejected)] = pair.where
+        found.setdefault((pair.prompt, pair.chosen, pair.rejected), pair)
+    if len(found) < len(pairs):
+        print(f"warning: {len(pairs) - len(found)} labels say what another one says: each counts once", file=sys.stderr)
+    return list(found.values())

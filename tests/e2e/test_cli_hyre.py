@@ -188,7 +188,29 @@ def test_an_ensemble_on_a_causal_lm_is_exported_and_one_on_an_encoder_is_not(wor
             ["score", "--model", "{model}", "--pairs", "{pairs}", "--output", "s.jsonl", "--user", "no.json"],
             "not found: no.json",
         ),
-        (["score", "--model", "{model}", "--pairs", "{pairs}", "--output", "{pairs}"], "--overwrite replaces it"),
+        (["score", "--model", "{model}", "--pairs", "{pairs}", "--output", "{twice}"], "--overwrite replaces it"),
+        (
+            ["score", "--model", "{model}", "--pairs", "{pairs}", "--output", "{pairs}", "--overwrite"],
+            "is read and would be",
+        ),
+        (
+            ["adapt", "--model", "{model}", "--pairs", "{twice}", "--output", "{twice}", "--overwrite"],
+            "is read and would be",
+        ),
+        (
+            ["query", "--model", "{model}", "--pairs", "{twice}", "--output", "{twice}", "--overwrite"],
+            "is read and would be",
+        ),
+        (
+            ["eval", "--model", "{model}", "--pairs", "{twice}", "--output_dir", "{model}", "--overwrite"],
+            "is read and would",
+        ),
+        (["export", "--model", "{model}", "--output_dir", "{model}", "--overwrite"], "is read and would be"),
+        (
+            ["adapt", "--model", "{model}", "--pairs", "{pairs}", "--output", "u.json", "--beta", "inf"],
+            "expected finite",
+        ),
+        (["train", "--pairs", "{pairs}", "--output_dir", "out", "--dtype", "bfloat16"], "leave out --dtype"),
         (["learn"], "unknown action 'learn'"),
     ],
 )

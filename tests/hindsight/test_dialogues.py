@@ -186,7 +186,7 @@ def test_a_refused_row_takes_no_id(write):
 
 def test_only_bad_rows_are_an_error_that_counts_them(write, tmp_path):
     path = write([BAD["no end"], BAD["no rewards"]])
-    with pytest.raises(DataError, match="no dialogue to learn from.*1 no end.*1 no rewards"):
+    with pytest.raises(DataError, match=r"no dialogue to learn from.*1 no end.*1 no rewards"):
         read_dialogues([path], aside=tmp_path / "aside.jsonl")
     assert len((tmp_path / "aside.jsonl").read_text().splitlines()) == 2  # they say what to mend
 

@@ -52,6 +52,10 @@ def test_without_groups_clusters_of_pairs_stand_for_them():
     assert plan.rows.shape == (3, 288)
     assert ((plan.rows > 0).sum(0) == 1).all()  # each pair belongs to one head
     assert all(name.startswith("+cluster ") for name in plan.names)
+    few, _ = users(count=3, pairs=20)  # clusters of one pair go to a neighbour
+    assert ((em_plan(few, 10).rows > 0).sum(0) == 1).all()
+    with pytest.raises(DataError, match=r"20 heads for 1. clusters of pairs.*--diversity cluster"):
+        em_plan(few, 20)
 
 
 def test_a_seed_gives_the_same_plan():

@@ -11,7 +11,7 @@ from small_ensembles import random_ensemble
 from llmrl.errors import DataError, HeadMismatchError, ModelError, UsageError
 from llmrl.hyre.ensemble import ENSEMBLE_FILE, load_ensemble
 from llmrl.hyre.pairs import Pair
-from llmrl.hyre.user import adapt, load_user, refuse_contradictions
+from llmrl.hyre.user import adapt, adapt_margins, load_user, once_each
 
 PROMPT = (("user", "Tell me a story."),)
 PAIRS = [Pair(PROMPT, f"The dog ran to tree {i}.", f"A girl went to park {i}.", where=f"f:{i}") for i in range(6)]
@@ -139,6 +139,37 @@ def test_scores_that_are_not_numbers_are_refused(ensemble):
 
 def test_labels_that_contradict_each_other_are_named():
     turned = replace(PAIRS[2].turned(), where="f:9")
-    refuse_contradictions(PAIRS)
+    assert once_each(PAIRS) == PAIRS
     with pytest.raises(DataError, match="f:9 says the opposite of f:2"):
-        refuse_contradictions([*PAIRS, turned])
+        once_each([*PAIRS, turned])
+
+
+def test_a_label_that_comes_again_counts_once(capsys):
+    """Leave-one-out would predict each of them by the other."""
+    assert once_each([*PAIRS, PAIRS[0], PAIRS[3]]) == PAIRS
+    assert "2 labels say what another one says" in capsys.readouterr().err
+
+
+def test_without_the_guard_the_beta_that_was_chosen_is_used():
+    """Labels that the uniform ensemble predicts better: the guard fires, and what it overruled is kept beside."""
+    rng = np.random.default_rng(8)
+    found = None
+    for _ in range(200):
+        margins = rng.normal(size=(6, 4)) * 3
+        choice = adapt_margins(margins).choice
+        if choice.guarded:
+            found = margins, choice
+            break
+    margins, choice = found
+    assert adapt_margins(margins).posterior.beta == 0
+    free = adapt_margins(margins, guard=False).posterior
+    assert (free.loss, free.beta) == (choice.loss, choice.without_guard)
+    assert free.beta > 0
+
+
+def test_what_decides_a_score_is_in_the_fingerprint(ensemble, saved):
+    fields = json.loads((saved / "reward_ensemble.json").read_text())
+    for change in ({"base": {**fields["base"], "dtype": "float16"}}, {"facts": {"feature_scale": 3.0}}, {"signs": [1]}):
+        (saved / "reward_ensemble.json").write_text(json.dumps({**fields, **change}))
+        with pytest.raises(ModelError, match="damaged"):
+            load_ensemble(saved)

@@ -6,7 +6,7 @@ from llmrl.hyre.baselines import Labels, fit_all, lore_weights
 from llmrl.hyre.evaluate import Resample, UserPairs, accuracies, crossover, harm, keys_of, split, table
 from llmrl.hyre.metrics import accuracy, collapse_warning, disagreement
 from llmrl.hyre.pairs import Pair
-from llmrl.hyre.reliability import calibration, reliability_bins
+from llmrl.hyre.reliability import calibration, held_margins, reliability_bins
 
 RNG = np.random.default_rng(4)
 HEADS = RNG.normal(size=(20, 8))
@@ -141,7 +141,7 @@ def test_calibration_by_hand():
     one = user(HEADS[3])
     margins = np.where(np.arange(200) % 4, 1.0, -1.0)[:, None] * np.log(3)
     sure = UserPairs("s", margins, one.features, one.starts, one.keys)
-    found = calibration([sure], (5,), draws=20)
+    found = calibration([sure], (5,), 20, 0)
     assert found["5"] == found["0"]
     assert found["0"]["ece"] < 0.02
     assert found["0"]["nll"] == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25), abs=0.02)
@@ -149,6 +149,28 @@ def test_calibration_by_hand():
 
 
 def test_labels_of_a_user_make_the_probabilities_of_that_user_better():
-    found = calibration([user(HEADS[3]), user(HEADS[7])], (1, 20))
+    found = calibration([user(HEADS[3]), user(HEADS[7])], (1, 20), 20, 0)
     assert found["20"]["nll"] < found["1"]["nll"] < found["0"]["nll"]
     assert found["20"]["brier"] < found["0"]["brier"]
+
+
+def test_users_and_sizes_without_enough_pairs_are_named():
+    found = table([user(HEADS[3], "a"), user(HEADS[4], "b", pairs=12)], sizes=(1, 5, 128), draws=3, bootstrap=100)
+    assert (found["users"], found["users_left_out"], found["sizes_left_out"]) == (1, ["b"], [128])
+    with pytest.raises(DataError, match="no user has pairs for 128 labels"):
+        table([user(HEADS[3])], sizes=(128,), draws=3, bootstrap=100)
+    with pytest.raises(DataError, match="more pairs are needed"):
+        table([user(HEADS[3], pairs=12)], sizes=(1,), draws=3, bootstrap=100)
+
+
+def test_users_count_alike_in_reliability():
+    """A user of many pairs who is right, one of few who is wrong: half is right."""
+    many, few = user(HEADS[3], pairs=200), user(HEADS[3], pairs=40)
+    sides = [
+        UserPairs(u.name, s * np.ones((len(u.keys), 1)), u.features, u.starts, u.keys)
+        for u, s in ((many, 1), (few, -1))
+    ]
+    margins, weights = held_margins(sides, 0, 4)
+    assert weights.sum() == pytest.approx(1)
+    assert weights[margins > 0].sum() == pytest.approx(0.5)
+    assert reliability_bins(margins, weights)[1] == pytest.approx([0.5])

@@ -197,3 +197,39 @@ def test_one_update_of_a_hundred_heads_takes_microseconds():
         posterior.update(row)
         times.append(time.perf_counter() - started)
     assert sorted(times)[150] < 1e-3
+
+
+def test_a_pair_alone_is_what_it_is_among_others():
+    """One margin vector takes a short way through the checks."""
+    margins = RNG.normal(size=(5, 7))
+    for loss in ("nll", "zero_one"):
+        alone, together = HyrePosterior(7, loss=loss), HyrePosterior(7, loss=loss)
+        for row in margins:
+            alone.update(row)
+        together.update(margins, np.ones(5))
+        assert alone.losses == pytest.approx(together.losses, abs=0)
+    with pytest.raises(DataError, match="not finite"):
+        HyrePosterior(3).update([1.0, np.nan, 0.0])
+    with pytest.raises(DataError, match="7 heads, got 6"):
+        HyrePosterior(7).update(margins[0, :6])
+
+
+def test_logits_of_classes_are_weighted_head_by_head():
+    posterior = HyrePosterior(2)
+    outputs = np.array([[[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]])
+    posterior.update(outputs, [1])
+    w = posterior.weights
+    assert posterior.predict_classes(outputs)[0] == pytest.approx([2 * w[0], 2 * w[1], 0.0])
+    with pytest.raises(DataError, match="2 heads"):
+        posterior.predict_classes(np.zeros((1, 3, 3)))
+
+
+@pytest.mark.parametrize("beta", [float("inf"), float("nan"), -1.0])
+def test_a_beta_that_gives_no_weights_is_refused(beta):
+    with pytest.raises(DataError, match="beta >= 0"):
+        HyrePosterior(3, beta=beta)
+    state = {**HyrePosterior(3).to_json(), "beta": beta}
+    with pytest.raises(DataError):
+        HyrePosterior.from_json(state)
+    with pytest.raises(DataError, match="damaged"):
+        HyrePosterior.from_json('{"format": 1, "heads": 1e400}')

@@ -61,3 +61,8 @@ def test_labels_of_random_users_mostly_bring_the_guard_or_weak_weights():
 @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (4, 2.776), (19, 2.093), (31, 2.040), (127, 1.979)])
 def test_quantile_of_t(freedom, quantile):
     assert _quantile_of_t(freedom) == pytest.approx(quantile, abs=0.01)
+
+
+def test_numbers_are_not_chosen_by_the_likelihood_of_labels():
+    with pytest.raises(DataError, match="labels of 0 and 1"):
+        choose(np.ones((3, 2)), candidates=(("squared", 1.0),))

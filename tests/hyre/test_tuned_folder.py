@@ -29,7 +29,7 @@ from llmrl.hyre.backbone import (
 from llmrl.hyre.diversity import plan_heads
 from llmrl.hyre.ensemble import load_ensemble
 from llmrl.hyre.export import export_ensemble
-from llmrl.hyre.features import CausalFeatures, embed_pairs, last_states
+from llmrl.hyre.features import CausalFeatures, embed_pairs, last_states, open_features
 from llmrl.hyre.fit import Pairs
 from llmrl.hyre.options import TrainConfig
 from llmrl.hyre.pairs import read_pairs
@@ -251,8 +251,10 @@ def test_refusals_name_the_option(tmp_path, tiny_model):
     )  # fmt: skip
     with pytest.raises(UsageError, match="8 pairs are fewer than --batch_size 9: lower it"):
         train(config)
-    with pytest.raises(DataError, match=r"has \d+ tokens, expected 1 to 3"):
-        train(replace(config, batch_size=4, max_length=3))
+    base = open_features(str(tiny_model("llama")))
+    base.max_length = 3
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: chosen: \d+ tokens, expected 1 to 3"):
+        tune.encode_pairs(base, read_pairs(pairs), "answer", None, plan_heads("none", 2, 8))
     with pytest.raises(UsageError, match=r"--tuning lora trains a causal LM, and .* is a sentence encoder"):
         train(replace(config, batch_size=4, base=None))
     (tmp_path / "out.training" / "checkpoint-3").mkdir(parents=True)

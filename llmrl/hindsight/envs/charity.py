@@ -15,8 +15,8 @@ The seed chooses which of its sentences the user takes in each turn, whatever wa
 seed meet the same words. What the user wants is in the row.
 
 The behaviour policy of `logs` asks only as its first act, and rarely. It never repeats an appeal that helped, and never makes
-the small request after the user said that it is wanted. So no logged talk has a warmth of 2, and choosing among what was logged
-cannot find it.
+the small request after the user said that it is wanted. So no logged talk has a warmth of 2. The policy earns 0.05, and the
+best that can be put together from what it does earns 0.55.
 """
 
 from __future__ import annotations
