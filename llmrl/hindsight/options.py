@@ -90,3 +90,35 @@ class TrainConfig:
         for name in ("lr", "heads_lr", "epochs", "awr_temperature", "dpo_beta"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass
+class EvalConfig:
+    """Options of `llmrl hindsight eval`."""
+
+    policy: str = option(help="folder of llmrl hindsight train, or any model with a chat template")
+    env: str = option(choices=("maze", "charity", "twenty-questions"), help="what is played")
+    output_dir: str = option(help="where report.json and the episodes go")
+    episodes: int = option(200, help="the start rows of the environment are played in turn")
+    beta: float | None = option(
+        None, help="how far Q moves the policy; 0 is the behaviour policy (default: what the folder says)"
+    )
+    support: float | None = option(None, help="see train (default: what the folder says)")
+    greedy: bool = option(False, help="take the likeliest token")
+    temperature: float = option(1.0, help="of sampling, on top of beta")
+    variant: str | None = option(None, help="short or long: the words of charity, the observations of maze")
+    rollout_backend: str = option("transformers", choices=("auto", "transformers", "vllm", "server"), help="the engine")
+    server_url: list[str] = option([], help="vLLM servers by URL, for the server backend")
+    dtype: str = option("auto", choices=_DTYPES, help="auto is float32 on a CPU, else as stored")
+    seed: int = option(0, help="of the environment's luck and of sampling")
+    overwrite: bool = option(False, help="replace what is in --output_dir")
+    quiet: bool = option(False, help="print errors only")
+
+    def __post_init__(self) -> None:
+        check_least(self, {"episodes": 1, "beta": 0, "seed": 0})
+        if self.support is not None and not 0 <= self.support <= 1:
+            raise UsageError(f"--support must be from 0 to 1, got {self.support}")
+        if not self.temperature > 0:
+            raise UsageError(
+                f"--temperature must be above 0, got {self.temperature}; --greedy takes the likeliest token"
+            )

@@ -30,29 +30,33 @@ class LoggedConversation(Conversation):
         step = self._steps.get(True)
         if step is None:
             raise DataError("say() found no prompt since the last message: call prompt() first")
-        text = message.content
-        ids = (*self._ids_after_text(text), self._end_token())
-        if (found := self.read(ids[:-1])) != text:
-            raise DataError(
-                f"the tokens of an answer decode to another text, {found!r:.60} instead of {text!r:.60}: this tokenizer cannot "
-                "write it; take white space from its ends, or another model"
-            )
+        ids = (*self._said(message.content), self._end_token())
         turn = Turn(message, ids, (1,) * len(ids), segment=step.turns[-1].segment)
         self._turns += (*step.turns, turn)
         self._context = step.context + ids
         self._text = step.text
         self._messages.append(message)
-        self._shown.append(self._safe({"role": AGENT, "content": text}, False))
+        self._shown.append(self._safe({"role": AGENT, "content": message.content}, False))
         self._recorded = len(self._messages)
         self._rewards, self._steps = {}, {}
         return message
 
-    def read(self, ids: Sequence[int]) -> str:
-        """Return the text of an answer's tokens, without what a tokenizer does at the start of a text."""
-        before = self._plain_ids("\n")
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        whole = self.tokenizer.decode([*before, *ids], **options)
-        return str(whole[len(self.tokenizer.decode(before, **options)) :])
+    def _said(self, text: str) -> list[int]:
+        """Return the tokens of an answer: as they follow other text, or, where that cannot be told, as they stand alone."""
+        newline = self._plain_ids("\n")
+        follows, alone = self._ids_after_text(text), self._plain_ids(text)
+        before = self._decode(newline)
+        if self._decode([*newline, *follows]) == before + text:
+            return follows
+        if (found := self._decode(alone)) == text:
+            return alone
+        raise DataError(
+            f"the tokens of an answer decode to another text, {found!r:.60} instead of {text!r:.60}: this tokenizer cannot "
+            "write it; take white space from its ends, or another model"
+        )
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _end_token(self) -> int:
         shown = [*self._shown, {"role": AGENT, "content": _MARK}]

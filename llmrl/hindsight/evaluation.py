@@ -1,0 +1,170 @@
+"""`llmrl hindsight eval`: a policy in an environment whose best return is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from llmrl.config import to_flat
+from llmrl.errors import DataError
+from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
+from llmrl.hindsight.envs import charity, maze, twenty_questions
+from llmrl.hindsight.options import EvalConfig
+from llmrl.hindsight.policy import open_policy, value_config
+from llmrl.intervals import draw_means, interval
+from llmrl.rollout.episodes import run_episodes
+from llmrl.rollout.protocols import Engine
+from llmrl.rollout.shards import read_shards
+from llmrl.training.run import write_run_files
+from llmrl.types import Episode, SamplingConfig
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment by name.
+
+    Attributes:
+        module: has `rows` and `optimum`.
+        make: its class.
+        turns: most turns of an episode, by its own rules.
+        tokens: most tokens of an answer.
+    """
+
+    module: ModuleType
+    make: Any
+    turns: int
+    tokens: int
+
+    def rows(self, variant: str | None) -> list[dict[str, Any]]:
+        """Return the rows that are played; `variant` is the choice of words or of observation."""
+        return list(self.module.rows(variant) if variant else self.module.rows())
+
+
+ENVIRONMENTS = {
+    "maze": Environment(maze, maze.Maze, maze.CAP, 16),
+    "charity": Environment(charity, charity.Charity, charity.TURNS, 48),
+    "twenty-questions": Environment(twenty_questions, twenty_questions.TwentyQuestions, twenty_questions.CAP, 32),
+}
+BOOTSTRAP = 2000
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Play episodes, write report.json, and return the report.
+
+    Raises:
+        UsageError: options that do not fit the policy or the environment.
+        OutputError: the folder holds something.
+        DataError: an episode failed.
+    """
+    folder = check_output_dir(config.output_dir, overwrite=config.overwrite)
+    environment = ENVIRONMENTS[config.env]
+    rows = environment.rows(config.variant)
+    sampling = SamplingConfig(temperature=0.0 if config.greedy else config.temperature, max_tokens=environment.tokens)
+    options = {} if config.dtype == "auto" else {"dtype": config.dtype}
+    with (
+        open_policy(
+            config.policy,
+            beta=config.beta,
+            support=config.support,
+            rollout_backend=config.rollout_backend,
+            server_url=config.server_url,
+            **options,
+        ) as engine,
+        staging_folder(folder) as staging,
+    ):
+        episodes = play(
+            engine,
+            environment,
+            rows,
+            config.episodes,
+            sampling,
+            staging / "episodes",
+            seed=config.seed,
+            progress=not config.quiet,
+        )
+        report = report_of(episodes, environment) | {
+            "policy": config.policy,
+            "env": config.env,
+            "variant": config.variant,
+            "beta": beta_of(config),
+            "support": config.support,
+            "greedy": config.greedy,
+            "seed": config.seed,
+        }
+        write_json(staging / "report.json", report)
+        write_run_files(staging, to_flat(config))
+        publish_folder(staging, folder, stale=())
+    if not config.quiet:
+        found = report["return"]
+        print(
+            f"{config.env}: return {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] over {report['episodes']} "
+            f"episodes; the best is {report['optimum']:.3f}; {report['invalid_share']:.1%} of {report['turns']} texts were no "
+            f"action\n{folder}",
+            flush=True,
+        )
+    return report
+
+
+def play(
+    engine: Engine,
+    environment: Environment,
+    rows: Sequence[Mapping[str, Any]],
+    count: int,
+    sampling: SamplingConfig,
+    folder: Path,
+    *,
+    seed: int,
+    progress: bool = False,
+) -> list[Episode]:
+    """Play `count` episodes, the rows in turn, and return them in order; the luck of an episode is that of (seed, row, number).
+
+    Raises:
+        DataError: an episode failed.
+    """
+    numbered = [{**rows[i % len(rows)], "id": f"{rows[i % len(rows)]['id']}-{i // len(rows)}"} for i in range(count)]
+    run_episodes(
+        engine,
+        numbered,
+        environment.make,
+        sampling,
+        output=folder,
+        seed=seed,
+        max_turns=environment.turns,
+        progress=progress,
+    )
+    stored = read_shards(folder)
+    episodes = [Episode.from_json(stored[(row["id"], 0)]) for row in numbered]
+    failed = [episode for episode in episodes if episode.error]
+    if failed:
+        raise DataError(f"{len(failed)} of {count} episodes failed; the first, {failed[0].row_id}: {failed[0].error}")
+    return episodes
+
+
+def report_of(episodes: Sequence[Episode], environment: Environment) -> dict[str, Any]:
+    """Return the mean return with its 95% interval over episodes, the best there is, and what was no action."""
+    returns = np.array([episode.returns.get("reward", 0.0) for episode in episodes])
+    steps = [step for episode in episodes for step in episode.metadata.get("steps", [])]
+    means = draw_means(returns[:, None], BOOTSTRAP, 0)[:, 0]
+    return {
+        "return": interval(float(returns.mean()), means, None, basic=False),
+        "optimum": float(environment.module.optimum()),
+        "invalid_share": sum(bool(step.get("invalid")) for step in steps) / len(steps),
+        "off_template_share": sum(bool(step.get("off_template")) for step in steps) / len(steps),
+        "truncated_share": sum(episode.truncated for episode in episodes) / len(episodes),
+        "episodes": len(episodes),
+        "turns": len(steps),
+        "returns": returns.tolist(),
+    }
+
+
+def beta_of(config: EvalConfig) -> float | None:
+    """Return the beta that was played; None of a policy without values, or of a server."""
+    if config.beta is not None:
+        return config.beta
+    head = value_config(config.policy)
+    return None if head is None else next(iter(head.heads.values())).beta

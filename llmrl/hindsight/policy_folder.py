@@ -1,0 +1,160 @@
+"""What training leaves: a policy that transformers and vLLM open, with its value head where the method has one.
+
+    bc, filtered-bc, awr, dpo    a plain checkpoint
+    ilql, mc, shared trunk       a folder of llmrl: the trained model and its value head, whose Q moves the logits by beta
+    ilql, mc, separate trunk     a plain checkpoint of the policy, and in `values/` such a folder of the other trunk
+
+Q and V are stored in the units of the rewards, whatever they were scaled by in training. A folder gets its name after it was
+opened again and gave the logits that the model gave before it was written.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrl.base_model import load_tokenizer, open_causal_lm, reference_for
+from llmrl.errors import ModelError
+from llmrl.heads import HeadsConfig, HeadSpec
+from llmrl.hindsight.model import DialogueModel
+from llmrl.modeling import save_heads_folder
+from llmrl.value_heads import ValueHead, steer
+
+VALUES, HEAD_NAME, METHOD = "values", "value", "hindsight"
+# largest difference of a logit, in units of the spread of logits; in 16 bits a merged adapter is rounded
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written: the folder, and the largest difference of a logit when it was opened again."""
+
+    folder: Path
+    difference: float
+
+
+def save_policy(
+    model: DialogueModel, tokenizer: Any, folder: Path, *, scale: float, beta: float, support: float, probe: list[int]
+) -> Saved:
+    """Write a policy into an existing folder, open it again and compare.
+
+    Args:
+        model: in training form; it is taken apart.
+        tokenizer: of the base.
+        folder: to fill.
+        scale: what rewards were multiplied by in training.
+        beta, support: of the value head where nothing else is said.
+        probe: ids of a dialogue, by which both are compared.
+
+    Raises:
+        ModelError: what was written does not give the same logits.
+    """
+    model = model.cpu().eval()
+    head = None if model.head is None else in_units_of_rewards(model.head, scale, beta, support)
+    wanted = _logits(model, head, probe)
+    policy = _merged(model.policy)
+    values = None if model.values is None else _merged(model.values)
+    steers = head is not None and values is None
+    if head is not None and values is None:
+        _save_with_head(policy, tokenizer, head, folder)
+    else:
+        policy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if head is not None:
+            (folder / VALUES).mkdir()
+            _save_with_head(values, tokenizer, head, folder / VALUES)
+    dtype = next(policy.parameters()).dtype
+    del model, policy, values
+    gc.collect()
+    difference = float((_reopened(folder, probe, head is not None and not steers) - wanted).abs().max())
+    limit = _TOLERANCE[dtype] * max(1.0, float(wanted[wanted.isfinite()].std()))
+    if not difference <= limit:
+        raise ModelError(
+            f"the saved policy does not give the logits of the trained one: they differ by {difference:.2g}"
+        )
+    return Saved(folder, difference)
+
+
+def in_units_of_rewards(head: ValueHead, scale: float, beta: float, support: float) -> ValueHead:
+    """Return a copy of a head whose Q and V are of unscaled rewards, for serving."""
+    made = ValueHead(replace(head.spec, beta=beta, support=support))
+    made.load_state_dict(head.state_dict())
+    with torch.no_grad():
+        for parameter in (made.q_weight, made.q_bias, made.v_weight, made.v_bias):
+            parameter.div_(scale)
+    return made.requires_grad_(False)
+
+
+def value_spec(model: Any, kind: str, size: int) -> HeadSpec:
+    """Return the shape of a value head for a model.
+
+    Args:
+        model: a causal LM.
+        kind: "linear", "low_rank", "mlp", or "auto": linear where that is not larger than a low rank, or small.
+        size: rank, or hidden units.
+    """
+    width = int(model.config.get_text_config().hidden_size)
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    if kind == "auto":
+        kind = "linear" if width <= size or width * vocabulary <= 1 << 20 else "low_rank"
+    return HeadSpec("value", kind, width, vocabulary, 0 if kind == "linear" else size)
+
+
+def _merged(model: Any) -> Any:
+    return model.merge_and_unload() if hasattr(model, "peft_config") else model
+
+
+def _save_with_head(base: Any, tokenizer: Any, head: ValueHead, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".base-") as made:
+        plain = Path(made)
+        base.save_pretrained(plain)
+        tokenizer.save_pretrained(plain)
+        config = HeadsConfig(
+            heads={HEAD_NAME: head.spec},
+            base=reference_for(str(plain), plain, load_tokenizer(plain)),
+            base_model_type=base.config.model_type,
+            base_architecture=type(base).__name__,
+            merged=True,
+            method=METHOD,
+        )
+        config = replace(config, base=replace(config.base, model=folder.name))
+        save_heads_folder(folder, nn.ModuleDict({HEAD_NAME: head}), config, tokenizer, plain)
+
+
+@torch.inference_mode()
+def _logits(model: DialogueModel, head: ValueHead | None, probe: list[int]) -> Tensor:
+    """Return the steered logits `[T, V]` of a row, without the support filter: infinities compare badly."""
+    batch = {"input_ids": torch.tensor([probe]), "attention_mask": torch.ones(1, len(probe), dtype=torch.long)}
+    batch |= {
+        "position": torch.arange(len(probe)),
+        "next_position": torch.arange(len(probe)),
+        "value_position": torch.arange(1),
+    }
+    states = model(**batch)
+    logits = model.logits(states.policy)
+    return logits if head is None else steer(logits, head.q(states.action).amin(0), head.beta, 0.0)
+
+
+@torch.inference_mode()
+def _reopened(folder: Path, probe: list[int], separate: bool) -> Tensor:
+    ids = torch.tensor([probe])
+    opened = open_causal_lm(str(folder), device="cpu")
+    if not separate:
+        for head in getattr(opened, "llmrl_heads", {}).values():
+            head.support = 0.0
+        return opened(ids).logits[0].float()
+    logits = opened(ids).logits[0].float()
+    values = open_causal_lm(str(folder / VALUES), device="cpu")
+    head = values.llmrl_heads[HEAD_NAME]
+    beta, head.beta, head.support = head.beta, 0.0, 0.0
+    kept: list[Tensor] = []
+    hook = values.get_output_embeddings().register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    values(ids)
+    hook.remove()
+    return steer(logits, head.q(kept[-1][0]).amin(0), beta, 0.0)

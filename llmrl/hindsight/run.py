@@ -1,0 +1,229 @@
+"""`llmrl hindsight train`: logged dialogues in, a policy out that is better than what is in the logs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, ProgressCallback
+
+from llmrl.base_model import BaseModel, context_length, load_base
+from llmrl.config import to_flat
+from llmrl.errors import DistributedError, Interrupted, OutputError
+from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
+from llmrl.hindsight.batches import DialogueCollator, examples_of
+from llmrl.hindsight.dialogues import read_dialogues
+from llmrl.hindsight.encode import Encoded, encode_dialogues, refusals
+from llmrl.hindsight.model import DialogueModel, make_trainable
+from llmrl.hindsight.objective import Objective
+from llmrl.hindsight.options import TrainConfig
+from llmrl.hindsight.policy_folder import save_policy, value_spec
+from llmrl.hindsight.settings import training_arguments
+from llmrl.hindsight.trainer import DialogueTrainer
+from llmrl.training.distributed import check_processes, is_main_process
+from llmrl.training.metrics import MetricsCallback, read_metrics
+from llmrl.training.resume import latest_checkpoint, list_checkpoints, remove_checkpoint, resolve_resume
+from llmrl.training.run import write_model_card, write_run_files
+from llmrl.training.run_callback import RunFilesCallback
+from llmrl.training.tracking import check_tracker
+from llmrl.value_heads import ValueHead, initialise_values
+
+STALE = ("checkpoint-*", "metrics.jsonl", "timings.jsonl")
+ASIDE = "kept_aside.jsonl"
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train as the options say, write the policy's folder, and return the report; call it on every process.
+
+    Raises:
+        DataError: dialogues that cannot be learnt from.
+        UsageError: options that do not fit.
+        OutputError: the folder, or checkpoints of an earlier run, hold something.
+        ModelError: the model cannot be read, or what was saved is not what was trained.
+    """
+    started = time.monotonic()
+    folder = check_output_dir(config.output_dir, overwrite=config.overwrite)
+    work_dir = folder.with_name(f"{folder.name}.training")
+    _check_start(config, work_dir)
+    read = read_dialogues(config.data)
+    base = load_base(config.model, dtype=_dtype(config), revision=config.revision)
+    longest = min(config.max_length or sys.maxsize, context_length(base.model, base.tokenizer))
+    rows, too_long = encode_dialogues(base.tokenizer, read.dialogues, longest)
+    if is_main_process() and not config.quiet:
+        print(read.summary(), flush=True)
+        if too_long:
+            print(f"{len(too_long)} more kept aside: {refusals(too_long)}", flush=True)
+    used = best(rows, config.share) if config.method == "filtered-bc" else rows
+    trainer, scale = _trainer(config, base, used, work_dir)
+    _run(trainer, config)
+    if not trainer.is_world_process_zero():
+        return {}
+    report = {
+        "method": config.method,
+        "dialogues": {"read": len(read.dialogues), "kept_aside": len(read.refused) + len(too_long), "used": len(used)},
+        "returns": _summary([row.total for row in rows]),
+        "reward_scale": scale,
+        "steps": trainer.state.global_step,
+        "last": _last(work_dir),
+        "seconds": time.monotonic() - started,
+    }
+    with staging_folder(folder) as staging:
+        saved = save_policy(
+            trainer.model, base.tokenizer, staging, scale=scale, beta=config.beta, support=config.support,
+            probe=list(max(used[:32], key=lambda row: len(row.input_ids)).input_ids),
+        )  # fmt: skip
+        report["difference"] = saved.difference
+        read_dialogues(config.data, aside=staging / ASIDE) if read.refused else None
+        write_json(staging / "report.json", report)
+        write_run_files(staging, to_flat(config))
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            if (work_dir / name).is_file():
+                shutil.copyfile(work_dir / name, staging / name)
+        _card(staging, folder.name, config, report)
+        publish_folder(staging, folder, stale=STALE)
+    shutil.rmtree(work_dir)
+    if not config.quiet:
+        print(
+            f"{config.method} on {len(used)} dialogues, {report['steps']} steps, {report['seconds']:.0f} s\n{folder}",
+            flush=True,
+        )
+    return report
+
+
+def best(rows: Sequence[Encoded], share: float) -> list[Encoded]:
+    """Return the dialogues of the highest returns, in their order; of equal ones the first."""
+    count = max(1, round(share * len(rows)))
+    order = sorted(range(len(rows)), key=lambda i: (-rows[i].total, i))[:count]
+    return [rows[i] for i in sorted(order)]
+
+
+def bounds(rows: Sequence[Encoded], config: TrainConfig) -> tuple[float, float]:
+    """Return the least and the most that was earned from any turn of the agent on: what values are clipped to."""
+    to_go = [value for row in rows for value in row.backup(config.backup, config.discount, config.discount_unit).to_go]
+    return min(to_go), max(to_go)
+
+
+def _check_start(config: TrainConfig, work_dir: Path) -> None:
+    check_tracker(config.report_to)
+    check_processes(announce=not config.quiet)
+    found = list_checkpoints(work_dir)
+    if found and config.resume_from_checkpoint is None and not config.overwrite:
+        raise OutputError(
+            f"{work_dir} holds {found[-1].name} of an earlier run: --resume_from_checkpoint goes on, --overwrite starts anew"
+        )
+    resolve_resume(work_dir, config.resume_from_checkpoint)
+
+
+def _dtype(config: TrainConfig) -> str:
+    """A step of 1e-4 is lost in a bfloat16 weight: what is trained as a whole, or on a CPU, is float32."""
+    if config.dtype != "auto" or (config.tuning == "lora" and torch.cuda.is_available()):
+        return config.dtype
+    return "float32"
+
+
+def _trainer(
+    config: TrainConfig, base: BaseModel, rows: Sequence[Encoded], work_dir: Path
+) -> tuple[DialogueTrainer, float]:
+    low, high = bounds(rows, config)
+    scale = 1.0 / max(abs(low), abs(high), 1e-8)
+    objective = Objective(
+        config.method,
+        config.expectile,
+        config.cql,
+        config.value_weight,
+        config.awr_temperature,
+        scale * low,
+        scale * high,
+    )
+    examples = examples_of([row.scaled(scale) for row in rows], config.backup, config.discount, config.discount_unit)
+    arguments = training_arguments(config, work_dir, len(rows))
+    head = None
+    if objective.needs_values:
+        head = ValueHead(value_spec(base.model, config.head, config.head_size))
+        initialise_values(head, torch.Generator().manual_seed(config.seed))
+    model = DialogueModel(make_trainable(base.model, config.tuning, config.lora_r, config.seed), head, config.trunk)
+    options = to_flat(config)
+    trainer = DialogueTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=DialogueCollator(packing=config.packing),
+        callbacks=[MetricsCallback(), RunFilesCallback(options)],
+        objective=objective,
+        heads_lr=config.heads_lr,
+        polyak=config.polyak,
+        tokens=float(np.mean([len(e["backup"].position) for e in examples])),
+        states=float(np.mean([len(e["backup"].value_position) for e in examples])),
+        run_facts={"run": _fingerprint(rows, base, options)},
+    )
+    if trainer._sharded:
+        raise DistributedError(
+            "policy and values are trained without FSDP and DeepSpeed: take them out of the launch file, or use torchrun"
+        )
+    if config.quiet:
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+    return trainer, scale
+
+
+def _run(trainer: DialogueTrainer, config: TrainConfig) -> None:
+    if config.resume_from_checkpoint is None and trainer.is_world_process_zero():
+        for checkpoint in list_checkpoints(trainer.args.output_dir):
+            remove_checkpoint(checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except KeyboardInterrupt:
+        found = latest_checkpoint(trainer.args.output_dir)
+        kept = f"goes on from {found.name}" if found else "begins again"
+        raise Interrupted(f"interrupted: the same command with --resume_from_checkpoint {kept}") from None
+
+
+def _fingerprint(rows: Sequence[Encoded], base: BaseModel, options: dict[str, Any]) -> str:
+    """Return a hash of all that decides what a run ends with; when checkpoints are written decides nothing."""
+    free = {
+        "save_steps", "report_to", "quiet", "micro_batch_size", "overwrite", "resume_from_checkpoint", "output_dir", "data",
+        "model", "beta", "support",
+    }  # fmt: skip
+    identity = [base.reference.weights, base.reference.tokenizer, base.reference.template]
+    digest = hashlib.sha256(json.dumps([identity, {k: v for k, v in options.items() if k not in free}]).encode())
+    for row in rows:
+        spans = [(span.start, span.stop, span.reward) for span in row.spans]
+        digest.update(json.dumps([row.input_ids, spans, row.done]).encode())
+    return "sha256:" + digest.hexdigest()[:32]
+
+
+def _summary(totals: Sequence[float]) -> dict[str, float]:
+    values = np.array(totals)
+    return {"mean": float(values.mean()), "least": float(values.min()), "most": float(values.max())}
+
+
+def _last(work_dir: Path) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for row in read_metrics(work_dir):
+        found |= {key: value for key, value in row.items() if isinstance(value, int | float)}
+    return found
+
+
+def _card(staging: Path, name: str, config: TrainConfig, report: dict[str, Any]) -> None:
+    summary = (
+        f"A policy for dialogues, trained by {config.method} on {report['dialogues']['used']} logged dialogues of a mean "
+        f"return of {report['returns']['mean']:.3g}."
+    )
+    body = f"""
+## Use
+
+    llmrl serve {name}
+    llmrl hindsight eval --policy {name} --env ENV --episodes 200 --output_dir report
+"""
+    write_model_card(
+        staging, title="Dialogue policy", base_model=config.model, summary=summary, body=body, tags=["offline-rl"]
+    )
