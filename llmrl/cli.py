@@ -13,6 +13,7 @@ _COMMANDS = {
     "rollout": "sample answers to a file of prompts with transformers, vLLM or vLLM servers",
     "leret": "teach a model to search by trying: explore queries, train on the preferences, evaluate",
     "hyre": "one reward ensemble, fitted to a user or a domain by a few labels: train, adapt, query, score, eval, export",
+    "hindsight": "learn a better dialogue policy from logs: train (ILQL and its rivals), eval, logs of small worlds",
     "serve": "serve a folder llmrl wrote, or any model, with vLLM; --workers N starts several, --sync takes new weights",
     "doctor": "versions found and wanted, which backends work, GPU and memory",
 }
@@ -47,6 +48,7 @@ def _run(argv: list[str]) -> int:
         "rollout": _rollout,
         "leret": _leret,
         "hyre": _hyre,
+        "hindsight": _hindsight,
         "serve": _serve,
         "doctor": _doctor,
     }.get(argv[0])
@@ -84,6 +86,12 @@ def _hyre(argv: list[str]) -> int:
     from llmrl.commands import run_hyre
 
     return run_hyre(argv)
+
+
+def _hindsight(argv: list[str]) -> int:
+    from llmrl.commands import run_hindsight
+
+    return run_hindsight(argv)
 
 
 def _serve(argv: list[str]) -> int:

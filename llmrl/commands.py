@@ -176,6 +176,47 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
     return EXIT_DONE
 
 
+_HINDSIGHT = {
+    "train": "Learn a policy for dialogues from logs of mediocre ones: ILQL, Monte-Carlo values, AWR, cloning, preferences.",
+    "eval": "Play a policy in an environment whose best return is known.",
+    "logs": "Write logged dialogues of an environment, and a small model without any knowledge to learn from them.",
+}
+
+
+def run_hindsight(argv: list[str], prog: str = "llmrl hindsight", action: str | None = None) -> int:
+    """Parse options, then train, evaluate or write logs; return the exit code.
+
+    Args:
+        argv: arguments without the program's name; the first is the action unless `action` is given.
+        prog: shown in usage messages.
+        action: one of the actions.
+    """
+    from llmrl.hindsight import options
+
+    if action is None:
+        what = "offline RL for dialogue agents, from logs alone"
+        action, argv, prog = _named_action(argv, prog, _HINDSIGHT, what)
+    if action is None:
+        return EXIT_DONE
+    classes: dict[str, Any] = {"train": options.TrainConfig, "eval": options.EvalConfig, "logs": options.LogsConfig}
+    config = parse_config(classes[action], argv, prog=prog, description=_HINDSIGHT[action])
+    quiet_libraries(config.quiet)
+    from llmrl.hindsight import evaluation, run
+
+    actions: dict[str, Callable[[Any], object]] = {
+        "train": run.train,
+        "eval": evaluation.evaluate,
+        "logs": evaluation.write_logs,
+    }
+    try:
+        actions[action](config)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command begins again") from None
+    return EXIT_DONE
+
+
 def quiet_libraries(quiet: bool) -> None:
     """Silence what the libraries say beside our own output; with `quiet`, or no terminal, their progress bars too."""
     import logging as standard_logging

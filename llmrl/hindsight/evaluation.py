@@ -1,4 +1,4 @@
-"""`llmrl hindsight eval`: a policy in an environment whose best return is known."""
+"""`llmrl hindsight eval|logs`: a policy in an environment whose best return is known, and logs to learn one from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from llmrl.config import to_flat
-from llmrl.errors import DataError
+from llmrl.errors import DataError, OutputError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
+from llmrl.hindsight.dialogues import Dialogue
 from llmrl.hindsight.envs import charity, maze, twenty_questions
-from llmrl.hindsight.options import EvalConfig
+from llmrl.hindsight.options import EvalConfig, LogsConfig
 from llmrl.hindsight.policy import open_policy, value_config
+from llmrl.hindsight.small_model import make_small_model
 from llmrl.intervals import draw_means, interval
+from llmrl.jsonl import write_objects
 from llmrl.rollout.episodes import run_episodes
 from llmrl.rollout.protocols import Engine
 from llmrl.rollout.shards import read_shards
@@ -108,6 +111,34 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             flush=True,
         )
     return report
+
+
+def write_logs(config: LogsConfig) -> list[Dialogue]:
+    """Write dialogues of an environment's scripted, mediocre agent, and the small model that was asked for.
+
+    Raises:
+        OutputError: a file or folder holds something.
+    """
+    path = Path(config.output).expanduser()
+    if path.exists() and not config.overwrite:
+        raise OutputError(f"--output {path} is there; --overwrite replaces it")
+    folder = None if config.model_dir is None else check_output_dir(config.model_dir, overwrite=config.overwrite)
+    module = ENVIRONMENTS[config.env].module
+    options = {} if config.variant is None or config.env != "charity" else {"words": config.variant}
+    dialogues: list[Dialogue] = module.logs(config.count, config.seed, **options)
+    if folder is not None:
+        longest = 4 * sum(len(m.content.split()) + 2 for m in max(dialogues, key=lambda d: len(d.messages)).messages)
+        make_small_model(
+            dialogues, folder, layers=config.layers, width=config.width, context=max(256, longest), seed=config.seed
+        )
+    write_objects(path, [dialogue.to_json() for dialogue in dialogues])
+    if not config.quiet:
+        mean = sum(dialogue.total for dialogue in dialogues) / len(dialogues)
+        print(
+            f"{len(dialogues)} dialogues, mean return {mean:.3f}; the best is {module.optimum():.3f}\n{path}",
+            flush=True,
+        )
+    return dialogues
 
 
 def play(

@@ -45,7 +45,7 @@ class Objective:
     expectile: float = 0.9
     cql: float = 0.0
     value_weight: float = 1.0
-    awr_temperature: float = 0.1
+    awr_temperature: float = 0.5
     low: float = -torch.inf
     high: float = torch.inf
 

@@ -1,4 +1,4 @@
-"""Options of `llmrl hindsight train|eval` and recipes/hindsight.py."""
+"""Options of `llmrl hindsight train|eval|logs` and recipes/hindsight.py."""
 
 from __future__ import annotations
 
@@ -48,13 +48,15 @@ class TrainConfig:
     polyak: float = option(0.1, help="rate at which the slow copies of Q follow, a step")
     value_weight: float = option(1.0, help="of the value losses beside the policy's")
     share: float = option(0.2, help="of the dialogues that filtered-bc keeps, the best first")
-    awr_temperature: float = option(0.1, help="of awr, in units of the range of returns")
+    awr_temperature: float = option(0.5, help="of awr, in standard deviations of what is to go")
     dpo_beta: float = option(0.1, help="of dpo")
     beta: float = option(8.0, help="default of what is saved: how far Q moves the policy; eval and serve can change it")
     support: float = option(0.02, help="a token is never said below this share of the likeliest one's probability")
-    lr: float = option(1e-4, help="learning rate of the trunks")
-    heads_lr: float = option(1e-3, help="learning rate of the value heads")
-    epochs: float = option(1.0, help="passes over the dialogues")
+    lr: float | None = option(
+        None, help="learning rate of the trunks (default: by size, 2e-3 for the smallest to 1e-5; 2e-4 for lora)"
+    )
+    heads_lr: float | None = option(None, help="learning rate of the value heads (default: --lr, at least 1e-3)")
+    epochs: float = option(5.0, help="passes over the dialogues")
     max_steps: int | None = option(None, help="steps, in place of --epochs")
     batch_size: int = option(16, help="dialogues a step, over all processes")
     micro_batch_size: int | None = option(None, help="most dialogues in memory at once on a process")
@@ -88,7 +90,7 @@ class TrainConfig:
                 f"{self.share} and {self.polyak}"
             )
         for name in ("lr", "heads_lr", "epochs", "awr_temperature", "dpo_beta"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UsageError(f"--{name} must be above 0, got {getattr(self, name)}")
 
 
@@ -122,3 +124,24 @@ class EvalConfig:
             raise UsageError(
                 f"--temperature must be above 0, got {self.temperature}; --greedy takes the likeliest token"
             )
+
+
+@dataclass
+class LogsConfig:
+    """Options of `llmrl hindsight logs`."""
+
+    env: str = option(choices=("maze", "charity", "twenty-questions"), help="whose scripted, mediocre agent is logged")
+    output: str = option(help="JSONL file of dialogues to write")
+    count: int = option(1000, help="dialogues")
+    variant: str | None = option(None, help="short or long words of charity")
+    model_dir: str | None = option(None, help="also write a small model of random weights that knows the words")
+    layers: int = option(2, help="of that model")
+    width: int = option(64, help="of that model")
+    seed: int = option(0, help="of the dialogues and of the weights")
+    overwrite: bool = option(False, help="replace --output and --model_dir")
+    quiet: bool = option(False, help="print errors only")
+
+    def __post_init__(self) -> None:
+        check_least(self, {"count": 1, "layers": 1, "width": 8, "seed": 0})
+        if not self.output.endswith((".jsonl", ".jsonl.gz")):
+            raise UsageError(f"--output {self.output}: expected a name that ends in .jsonl or .jsonl.gz")

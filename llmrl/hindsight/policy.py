@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from llmrl.base_model import open_causal_lm
 from llmrl.errors import ModelError, UsageError
 from llmrl.heads import HeadsConfig
+from llmrl.heads_forward import decoder_of, states_of
 from llmrl.hindsight.policy_folder import VALUES
+from llmrl.logits_heads import apply_logits_heads
 from llmrl.modeling import read_heads_config
 from llmrl.rollout.backends import choose_backend, open_engine
 from llmrl.rollout.engine import BaseEngine
 from llmrl.rollout.model_facts import read_facts
-from llmrl.value_heads import ValueHead
 
 
 def value_config(policy: Path | str) -> HeadsConfig | None:
@@ -53,7 +59,9 @@ def open_policy(
         UsageError: a beta for a policy without values, or for a server, which has its own.
         ModelError: the policy cannot be opened.
     """
-    head = value_config(policy)
+    folder = Path(policy).expanduser()
+    separate = (folder / VALUES).is_dir()
+    head = value_config(folder / VALUES if separate else policy)
     given = {name: value for name, value in (("beta", beta), ("support", support)) if value is not None}
     if given and head is None:
         raise UsageError(f"--{min(given)} moves a policy by its values, and {policy} has none")
@@ -63,6 +71,11 @@ def open_policy(
         )
     urls = list(server_url or ())
     name = choose_backend(read_facts(policy), urls)[0] if rollout_backend == "auto" else rollout_backend
+    if separate and name != "transformers":
+        raise UsageError(
+            f"{policy} has values on a trunk of its own, which vLLM does not run beside the policy's: use --rollout_backend "
+            "transformers, or train with --trunk shared"
+        )
     if given and name == "server":
         raise UsageError(
             "a server has its own beta and support: start it with LLMRL_BETA and LLMRL_SUPPORT, and leave them out here"
@@ -72,14 +85,79 @@ def open_policy(
     if name == "vllm":
         overrides = {f"llmrl_{key}": value for key, value in given.items()}
         return open_engine(policy, rollout_backend=name, hf_overrides=overrides, **options)
-    import torch
-
-    from llmrl.base_model import open_causal_lm
-
-    dtype = options.get("dtype", "auto")
-    on_cpu = not torch.cuda.is_available()
-    loaded = open_causal_lm(policy, dtype="float32" if dtype == "auto" and on_cpu else dtype)
-    for part in loaded.llmrl_heads.values():
-        if isinstance(part, ValueHead):
-            part.beta, part.support = given.get("beta", part.beta), given.get("support", part.support)
+    loaded = load_policy(folder if folder.is_dir() else policy, dtype=options.get("dtype", "auto"), **given)
     return open_engine(policy, rollout_backend=name, loaded=loaded, **options)
+
+
+def load_policy(
+    policy: Path | str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    beta: float | None = None,
+    support: float | None = None,
+) -> Any:
+    """Return a policy as a model of transformers, or two of them as one.
+
+    Args:
+        policy: a folder of `llmrl hindsight train`.
+        dtype: "auto" is float32 on a CPU, else as stored.
+        device: a torch device; None takes the GPU when there is one.
+        beta, support: see `open_policy`.
+    """
+    dtype = "float32" if dtype == "auto" and not torch.cuda.is_available() else dtype
+    model = open_causal_lm(str(policy), dtype=dtype, device=device)
+    if (Path(policy) / VALUES).is_dir():
+        model = TwoTrunks(model, open_causal_lm(str(Path(policy) / VALUES), dtype=dtype, device=device))
+    for head in getattr(model, "llmrl_heads", {}).values():
+        head.beta = head.beta if beta is None else beta
+        head.support = head.support if support is None else support
+    return model
+
+
+class TwoTrunks(nn.Module):
+    """A policy and a trunk of values as one model: logits of the first, moved by Q of the second; a KV cache of two.
+
+    Args:
+        policy: a causal LM.
+        values: one with a value head, whose own logits are of no use.
+    """
+
+    def __init__(self, policy: Any, values: Any) -> None:
+        super().__init__()
+        self.policy, self.values = policy, values
+        self.llmrl_heads = values.llmrl_heads
+
+    @property
+    def device(self) -> torch.device:
+        """Of the policy."""
+        return self.policy.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the policy."""
+        return self.policy.dtype  # type: ignore[no-any-return]
+
+    @property
+    def config(self) -> Any:
+        """Of the policy."""
+        return self.policy.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: tuple[Any, Any] | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> SimpleNamespace:
+        """Return `logits` `[B, T, V]`, of the last `logits_to_keep` positions if that is not 0, and `past_key_values`."""
+        first, second = past_key_values or (None, None)
+        read = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        out = self.policy(input_ids, past_key_values=first, logits_to_keep=logits_to_keep, **read)
+        decoder = decoder_of(self.values)
+        own = decoder(input_ids, past_key_values=second, **read)
+        states = states_of(decoder, own)[:, -logits_to_keep:]
+        logits = apply_logits_heads(self.llmrl_heads, out.logits, states)
+        return SimpleNamespace(logits=logits, past_key_values=(out.past_key_values, own.past_key_values))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrl.base_model import load_tokenizer, open_causal_lm, reference_for
+from llmrl.base_model import load_tokenizer, reference_for
 from llmrl.errors import ModelError
 from llmrl.heads import HeadsConfig, HeadSpec
 from llmrl.hindsight.model import DialogueModel
@@ -40,7 +40,15 @@ class Saved:
 
 
 def save_policy(
-    model: DialogueModel, tokenizer: Any, folder: Path, *, scale: float, beta: float, support: float, probe: list[int]
+    model: DialogueModel,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    steered: bool,
+    scale: float,
+    beta: float,
+    support: float,
+    probe: list[int],
 ) -> Saved:
     """Write a policy into an existing folder, open it again and compare.
 
@@ -48,6 +56,7 @@ def save_policy(
         model: in training form; it is taken apart.
         tokenizer: of the base.
         folder: to fill.
+        steered: whether Q moves the policy; of AWR it does not.
         scale: what rewards were multiplied by in training.
         beta, support: of the value head where nothing else is said.
         probe: ids of a dialogue, by which both are compared.
@@ -56,11 +65,10 @@ def save_policy(
         ModelError: what was written does not give the same logits.
     """
     model = model.cpu().eval()
-    head = None if model.head is None else in_units_of_rewards(model.head, scale, beta, support)
+    head = None if model.head is None or not steered else in_units_of_rewards(model.head, scale, beta, support)
     wanted = _logits(model, head, probe)
     policy = _merged(model.policy)
-    values = None if model.values is None else _merged(model.values)
-    steers = head is not None and values is None
+    values = None if model.values is None or head is None else _merged(model.values)
     if head is not None and values is None:
         _save_with_head(policy, tokenizer, head, folder)
     else:
@@ -72,7 +80,7 @@ def save_policy(
     dtype = next(policy.parameters()).dtype
     del model, policy, values
     gc.collect()
-    difference = float((_reopened(folder, probe, head is not None and not steers) - wanted).abs().max())
+    difference = float((_reopened(folder, probe, dtype) - wanted).abs().max())
     limit = _TOLERANCE[dtype] * max(1.0, float(wanted[wanted.isfinite()].std()))
     if not difference <= limit:
         raise ModelError(
@@ -142,19 +150,9 @@ def _logits(model: DialogueModel, head: ValueHead | None, probe: list[int]) -> T
 
 
 @torch.inference_mode()
-def _reopened(folder: Path, probe: list[int], separate: bool) -> Tensor:
-    ids = torch.tensor([probe])
-    opened = open_causal_lm(str(folder), device="cpu")
-    if not separate:
-        for head in getattr(opened, "llmrl_heads", {}).values():
-            head.support = 0.0
-        return opened(ids).logits[0].float()
-    logits = opened(ids).logits[0].float()
-    values = open_causal_lm(str(folder / VALUES), device="cpu")
-    head = values.llmrl_heads[HEAD_NAME]
-    beta, head.beta, head.support = head.beta, 0.0, 0.0
-    kept: list[Tensor] = []
-    hook = values.get_output_embeddings().register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-    values(ids)
-    hook.remove()
-    return steer(logits, head.q(kept[-1][0]).amin(0), beta, 0.0)
+def _reopened(folder: Path, probe: list[int], dtype: torch.dtype) -> Tensor:
+    from llmrl.hindsight.policy import load_policy  # it imports the names above
+
+    opened = load_policy(folder, dtype=str(dtype).removeprefix("torch."), device="cpu", support=0.0)
+    logits: Tensor = opened(torch.tensor([probe])).logits[0]
+    return logits.float()

@@ -23,10 +23,10 @@ from llmrl.hindsight.batches import DialogueCollator, examples_of
 from llmrl.hindsight.dialogues import read_dialogues
 from llmrl.hindsight.encode import Encoded, encode_dialogues, refusals
 from llmrl.hindsight.model import DialogueModel, make_trainable
-from llmrl.hindsight.objective import Objective
+from llmrl.hindsight.objective import VALUED, Objective
 from llmrl.hindsight.options import TrainConfig
 from llmrl.hindsight.policy_folder import save_policy, value_spec
-from llmrl.hindsight.settings import training_arguments
+from llmrl.hindsight.settings import learning_rates, training_arguments
 from llmrl.hindsight.trainer import DialogueTrainer
 from llmrl.training.distributed import check_processes, is_main_process
 from llmrl.training.metrics import MetricsCallback, read_metrics
@@ -77,9 +77,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     }
     with staging_folder(folder) as staging:
         saved = save_policy(
-            trainer.model, base.tokenizer, staging, scale=scale, beta=config.beta, support=config.support,
+            trainer.model,
+            base.tokenizer,
+            staging,
+            steered=config.method in VALUED,
+            scale=scale,
+            beta=config.beta,
+            support=config.support,
             probe=list(max(used[:32], key=lambda row: len(row.input_ids)).input_ids),
-        )  # fmt: skip
+        )
         report["difference"] = saved.difference
         read_dialogues(config.data, aside=staging / ASIDE) if read.refused else None
         write_json(staging / "report.json", report)
@@ -105,10 +111,17 @@ def best(rows: Sequence[Encoded], share: float) -> list[Encoded]:
     return [rows[i] for i in sorted(order)]
 
 
-def bounds(rows: Sequence[Encoded], config: TrainConfig) -> tuple[float, float]:
-    """Return the least and the most that was earned from any turn of the agent on: what values are clipped to."""
-    to_go = [value for row in rows for value in row.backup(config.backup, config.discount, config.discount_unit).to_go]
-    return min(to_go), max(to_go)
+def reward_scale(rows: Sequence[Encoded], config: TrainConfig) -> tuple[float, float, float]:
+    """Return what rewards are multiplied by, and the least and the most that can be earned then: what values are clipped to.
+
+    The factor gives what is to go, over all turns of the agent, a standard deviation of 1: errors of Q and V then weigh about
+    as much as those of the policy beside them.
+    """
+    to_go = np.array(
+        [value for row in rows for value in row.backup("turn", config.discount, config.discount_unit).to_go]
+    )
+    scale = 1.0 / max(float(to_go.std()), 1e-8) if to_go.std() > 0 else 1.0
+    return scale, scale * float(to_go.min()), scale * float(to_go.max())
 
 
 def _check_start(config: TrainConfig, work_dir: Path) -> None:
@@ -132,19 +145,13 @@ def _dtype(config: TrainConfig) -> str:
 def _trainer(
     config: TrainConfig, base: BaseModel, rows: Sequence[Encoded], work_dir: Path
 ) -> tuple[DialogueTrainer, float]:
-    low, high = bounds(rows, config)
-    scale = 1.0 / max(abs(low), abs(high), 1e-8)
+    scale, low, high = reward_scale(rows, config)
     objective = Objective(
-        config.method,
-        config.expectile,
-        config.cql,
-        config.value_weight,
-        config.awr_temperature,
-        scale * low,
-        scale * high,
+        config.method, config.expectile, config.cql, config.value_weight, config.awr_temperature, low, high
     )
     examples = examples_of([row.scaled(scale) for row in rows], config.backup, config.discount, config.discount_unit)
-    arguments = training_arguments(config, work_dir, len(rows))
+    rate, heads_rate = learning_rates(config, sum(p.numel() for p in base.model.parameters()))
+    arguments = training_arguments(config, work_dir, len(rows), rate)
     head = None
     if objective.needs_values:
         head = ValueHead(value_spec(base.model, config.head, config.head_size))
@@ -158,7 +165,7 @@ def _trainer(
         data_collator=DialogueCollator(packing=config.packing),
         callbacks=[MetricsCallback(), RunFilesCallback(options)],
         objective=objective,
-        heads_lr=config.heads_lr,
+        heads_lr=heads_rate,
         polyak=config.polyak,
         tokens=float(np.mean([len(e["backup"].position) for e in examples])),
         states=float(np.mean([len(e["backup"].value_position) for e in examples])),

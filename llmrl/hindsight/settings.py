@@ -32,6 +32,23 @@ def shares(config: TrainConfig) -> tuple[int, int]:
     return own // forwards, forwards
 
 
+def learning_rates(config: TrainConfig, parameters: int) -> tuple[float, float]:
+    """Return the learning rates of the trunks and of the heads.
+
+    Args:
+        config: what is None is chosen.
+        parameters: of the model.
+    """
+    rate = config.lr
+    if rate is None and config.tuning == "lora":
+        rate = 2e-4
+    if rate is None:
+        rate = next(
+            (lr for size, lr in ((2e6, 2e-3), (2e7, 5e-4), (2e8, 1e-4), (2e9, 2e-5)) if parameters < size), 1e-5
+        )
+    return rate, config.heads_lr if config.heads_lr is not None else max(rate, 1e-3)
+
+
 def steps_of(config: TrainConfig, rows: int) -> int:
     """Return the number of steps of a run over so many dialogues.
 
@@ -43,7 +60,7 @@ def steps_of(config: TrainConfig, rows: int) -> int:
     return config.max_steps or max(1, math.ceil(config.epochs * (rows // config.batch_size)))
 
 
-def training_arguments(config: TrainConfig, work_dir: Path, rows: int) -> TrainingArguments:
+def training_arguments(config: TrainConfig, work_dir: Path, rows: int, learning_rate: float) -> TrainingArguments:
     """Return the arguments of the trainer.
 
     Raises:
@@ -60,7 +77,7 @@ def training_arguments(config: TrainConfig, work_dir: Path, rows: int) -> Traini
             max_steps=steps,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=forwards,
-            learning_rate=config.lr,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": _LAST},
             warmup_steps=math.ceil(WARMUP * steps),

@@ -16,7 +16,9 @@ V2's sharded sampling calls, is overridden for them.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,11 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from llmrl.errors import ModelError
 from llmrl.fingerprints import check_weights
 from llmrl.heads import PREFIX as HEAD_PREFIX
-from llmrl.heads import HeadsConfig, build_heads
+from llmrl.heads import HeadsConfig, HeadSpec, build_heads
 from llmrl.logits_heads import TransformerTemperatureHead, VectorHead, apply_logits_heads
 from llmrl.reward_heads import RewardHead
 from llmrl.serving.plugin import CAUSAL, POOLING, PREFIX, pooling_name
+from llmrl.value_heads import ValueHead
 
 
 class _HeadsMixin:
@@ -44,6 +47,9 @@ class _HeadsMixin:
         config = vllm_config.model_config
         self.llmrl_config = HeadsConfig.from_json(config.hf_config.llmrl)
         self.llmrl_heads = build_heads(self.llmrl_config)
+        for head in self.llmrl_heads.values():
+            if isinstance(head, ValueHead):
+                head.beta, head.support = steering(head.spec, config.hf_config)
         folder = Path(config.model)
         base = folder if self.llmrl_config.merged else Path(self.llmrl_config.base.model)
         if base.is_dir():  # a hub name is pinned to a commit instead
@@ -85,6 +91,28 @@ class _HeadsMixin:
 
     def _skip(self, name: str) -> bool:
         return False
+
+
+def steering(spec: HeadSpec, hf_config: Any) -> tuple[float, float]:
+    """Return beta and support of a value head as they were asked for when the model was loaded.
+
+    Either is the first of: `llmrl_beta` among the overrides of the configuration (`--hf-overrides '{"llmrl_beta": 4}'`), the
+    environment variable LLMRL_BETA, what the folder says. Likewise `llmrl_support` and LLMRL_SUPPORT.
+
+    Raises:
+        ModelError: one is out of range.
+    """
+    given = {"beta": spec.beta, "support": spec.support}
+    for name in given:
+        asked = getattr(hf_config, f"llmrl_{name}", None)
+        asked = os.environ.get(f"LLMRL_{name.upper()}") if asked is None else asked
+        if asked is not None:
+            try:
+                given[name] = float(asked)
+            except (TypeError, ValueError):
+                raise ModelError(f"expected a number for llmrl_{name}, got {asked!r:.40}") from None
+    spec = replace(spec, beta=given["beta"], support=given["support"])
+    return spec.beta, spec.support
 
 
 _TAU_COLUMNS = 3
@@ -195,9 +223,10 @@ def _causal_class(base_architecture: str) -> type:
         def compute_logits_local(self: Any, hidden_states: Tensor) -> Tensor:
             hidden, taus = self._sequence.split(hidden_states)
             logits = base.compute_logits_local(self, hidden)
-            if any(isinstance(h, VectorHead) and h.spec.outputs != logits.shape[-1] for h in self.llmrl_heads.values()):
+            whole = (VectorHead, ValueHead)
+            if any(isinstance(h, whole) and h.spec.outputs != logits.shape[-1] for h in self.llmrl_heads.values()):
                 raise ValueError(
-                    "vector scaling needs the whole vocabulary on one rank: serve with --tensor-parallel-size 1"
+                    "vector scaling and values need the whole vocabulary on one rank: serve with --tensor-parallel-size 1"
                 )
             return apply_logits_heads(self.llmrl_heads, logits, hidden, taus)
 
