@@ -5,6 +5,7 @@
     mc                 cross entropy, and Q and V towards what was really earned from there on
     awr                cross entropy weighted by exp((earned - V) / temperature), and V towards what was earned
                        (arXiv 1910.00177)
+    dpo                pairs of turns: `llmrl.hindsight.preferences`
 
 Sums over tokens are divided by a constant, the mean number of tokens of a batch: a token weighs the same in every batch, on
 one process and on several.
@@ -38,6 +39,7 @@ class Objective:
         cql: weight of the CQL loss.
         value_weight: of Q, V and CQL losses beside the policy's.
         awr_temperature: in units of scaled rewards.
+        dpo_beta: of `llmrl.hindsight.preferences`.
         low, high: what can be earned from a state on, at least and at most: targets are clipped to it.
     """
 
@@ -46,6 +48,7 @@ class Objective:
     cql: float = 0.0
     value_weight: float = 1.0
     awr_temperature: float = 0.5
+    dpo_beta: float = 0.1
     low: float = -torch.inf
     high: float = torch.inf
 

@@ -85,7 +85,8 @@ def open_policy(
     if name == "vllm":
         overrides = {f"llmrl_{key}": value for key, value in given.items()}
         return open_engine(policy, rollout_backend=name, hf_overrides=overrides, **options)
-    loaded = load_policy(folder if folder.is_dir() else policy, dtype=options.get("dtype", "auto"), **given)
+    dtype = options.get("dtype", "auto")
+    loaded = load_policy(folder if folder.is_dir() else policy, dtype=dtype, beta=beta, support=support)
     return open_engine(policy, rollout_backend=name, loaded=loaded, **options)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
-from llmrl.base_model import BaseModel, context_length, load_base
+from llmrl.base_model import BaseModel, context_length, default_device, load_base
 from llmrl.config import to_flat
 from llmrl.errors import DistributedError, Interrupted, OutputError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
@@ -26,6 +26,7 @@ from llmrl.hindsight.model import DialogueModel, make_trainable
 from llmrl.hindsight.objective import VALUED, Objective
 from llmrl.hindsight.options import TrainConfig
 from llmrl.hindsight.policy_folder import save_policy, value_spec
+from llmrl.hindsight.preferences import PairCollator, add_reference, pair_examples, turn_pairs
 from llmrl.hindsight.settings import learning_rates, training_arguments
 from llmrl.hindsight.trainer import DialogueTrainer
 from llmrl.training.distributed import check_processes, is_main_process
@@ -147,28 +148,35 @@ def _trainer(
 ) -> tuple[DialogueTrainer, float]:
     scale, low, high = reward_scale(rows, config)
     objective = Objective(
-        config.method, config.expectile, config.cql, config.value_weight, config.awr_temperature, low, high
+        config.method,
+        config.expectile,
+        config.cql,
+        config.value_weight,
+        config.awr_temperature,
+        config.dpo_beta,
+        low,
+        high,
     )
-    examples = examples_of([row.scaled(scale) for row in rows], config.backup, config.discount, config.discount_unit)
-    rate, heads_rate = learning_rates(config, sum(p.numel() for p in base.model.parameters()))
-    arguments = training_arguments(config, work_dir, len(rows), rate)
     head = None
     if objective.needs_values:
         head = ValueHead(value_spec(base.model, config.head, config.head_size))
         initialise_values(head, torch.Generator().manual_seed(config.seed))
+    size = sum(p.numel() for p in base.model.parameters())
     model = DialogueModel(make_trainable(base.model, config.tuning, config.lora_r, config.seed), head, config.trunk)
+    examples, collator = _data(config, model, rows, scale)
+    rate, heads_rate = learning_rates(config, size)
     options = to_flat(config)
     trainer = DialogueTrainer(
         model=model,
-        args=arguments,
+        args=training_arguments(config, work_dir, len(examples), rate),
         train_dataset=examples,
-        data_collator=DialogueCollator(packing=config.packing),
+        data_collator=collator,
         callbacks=[MetricsCallback(), RunFilesCallback(options)],
         objective=objective,
         heads_lr=heads_rate,
         polyak=config.polyak,
-        tokens=float(np.mean([len(e["backup"].position) for e in examples])),
-        states=float(np.mean([len(e["backup"].value_position) for e in examples])),
+        tokens=float(np.mean([len(e["backup"].position) for e in examples])) if config.method != "dpo" else 1.0,
+        states=float(np.mean([len(e["backup"].value_position) for e in examples])) if config.method != "dpo" else 1.0,
         run_facts={"run": _fingerprint(rows, base, options)},
     )
     if trainer._sharded:
@@ -179,6 +187,19 @@ def _trainer(
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
     return trainer, scale
+
+
+def _data(
+    config: TrainConfig, model: DialogueModel, rows: Sequence[Encoded], scale: float
+) -> tuple[list[dict[str, Any]], Any]:
+    """Return what is dealt out, and how it is collated."""
+    if config.method != "dpo":
+        scaled = [row.scaled(scale) for row in rows]
+        examples = examples_of(scaled, config.backup, config.discount, config.discount_unit)
+        return examples, DialogueCollator(packing=config.packing)
+    pairs = pair_examples(turn_pairs(rows, config.discount, config.discount_unit))
+    add_reference(model, pairs, config.micro_batch_size or config.batch_size, default_device())
+    return pairs, PairCollator()
 
 
 def _run(trainer: DialogueTrainer, config: TrainConfig) -> None:

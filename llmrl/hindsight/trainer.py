@@ -1,4 +1,4 @@
-"""The trainer of every method but preferences: whole dialogues in, exact checkpoints, slow copies that move after each step."""
+"""The trainer of every method: dialogues or pairs of turns in, exact checkpoints, slow copies that move after each step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
-from llmrl.hindsight.objective import Objective, Sums, sums_of
+from llmrl.hindsight.objective import Objective, sums_of
+from llmrl.hindsight.preferences import pair_losses
 from llmrl.training.batches import WholeBatches
 from llmrl.training.checkpoint import SafeCheckpoints
 from llmrl.training.resume import compare_runs
@@ -71,16 +72,19 @@ class DialogueTrainer(SafeCheckpoints):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Return this forward's share of the loss of the global batch."""
+        if self.objective.method == "dpo":
+            losses, watched = pair_losses(model, self.model, inputs, self.objective.dpo_beta)
+            self._add(watched)
+            return losses.sum() * self.args.world_size / self.dialogues_a_step
         found = sums_of(model, self.model, inputs, self.objective)
-        self._count(found)
+        self._add({**found.watched, "q_loss": found.q, "v_loss": found.v, "cql_loss": found.cql})
         # DDP averages gradients over processes: so their number stands above, and that of dialogues is of all of them
         share = self.args.world_size / self.dialogues_a_step
         values = found.q / self.tokens + found.v / self.states + self.objective.cql * found.cql / self.tokens
         return share * (found.policy / self.tokens + self.objective.value_weight * values)
 
     @torch.no_grad()
-    def _count(self, found: Sums) -> None:
-        sums = {**found.watched, "q_loss": found.q, "v_loss": found.v, "cql_loss": found.cql}
+    def _add(self, sums: dict[str, Tensor]) -> None:
         new = {name: value.detach().double().cpu() for name, value in sums.items()}
         self._sums = new if self._sums is None else {name: self._sums[name] + value for name, value in new.items()}
 
@@ -120,6 +124,8 @@ class _MoveTarget(TrainerCallback):
 def _means(sums: dict[str, float]) -> dict[str, float]:
     tokens, states = sums["tokens"], sums.get("states", 0.0)
     found = {"policy_nll": sums["policy_nll"] / tokens}
+    if "pairs" in sums:
+        found["pairs_right"] = sums["pairs_right"] / sums["pairs"]
     if states:
         found |= {name: sums[name] / states for name in ("value", "earned", "q", "v_loss") if name in sums}
         found["value_above_earned"] = found["value"] - found["earned"]
