@@ -13,6 +13,9 @@ Rows that cannot be learnt from are never dropped in silence: `read_dialogues` c
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +24,7 @@ from typing import Any
 
 from llmrl.errors import DataError
 from llmrl.jsonl import read_objects, write_objects
-from llmrl.types import Episode, Message, Record, Turn
+from llmrl.types import ROLES, Episode, Message, Record, Turn
 
 AGENT = "assistant"
 
@@ -63,6 +66,10 @@ class Dialogue(Record):
         self._need(isinstance(self.rewards, list | tuple), "rewards", "a list of numbers")
         self._need(isinstance(self.task, str), "task", "text")
         self._need(isinstance(self.provenance, Mapping), "provenance", "an object")
+        try:
+            json.dumps(dict(self.provenance), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"dialogue {self.id}: expected what JSON can hold in 'provenance' ({error})") from None
         for name in ("done", "truncated"):
             self._need(isinstance(getattr(self, name), bool), name, "true or false")
         _check(self)
@@ -92,7 +99,7 @@ class Dialogue(Record):
             Turn(message, rewards={"reward": reward} if message.role == AGENT else {})
             for message, reward in zip(self.messages, self.rewards, strict=True)
         ]
-        metadata = {"provenance": self.provenance} if self.provenance else {}
+        metadata = {"dialogue": self.id, "provenance": self.provenance}
         return Episode(
             self.id, 0, tuple(turns), done=self.done, truncated=self.truncated, source=self.task, metadata=metadata
         )
@@ -104,7 +111,9 @@ class Dialogue(Record):
         Raises:
             BadDialogue: the episode failed, or see `Dialogue`.
         """
-        name = f"{episode.row_id}/{episode.sample}"
+        metadata = dict(episode.metadata)
+        name = str(metadata.pop("dialogue", f"{episode.row_id}/{episode.sample}"))
+        inner = metadata.pop("provenance", {})
         if episode.error is not None:
             raise BadDialogue("failed episode", f"episode {name} failed: {episode.error}")
         return cls(
@@ -114,17 +123,18 @@ class Dialogue(Record):
             done=episode.done,
             truncated=episode.truncated,
             task=episode.source,
-            provenance={"seed": episode.seed, **episode.metadata},
+            provenance={**inner, **metadata, **({} if episode.seed is None else {"seed": episode.seed})},
         )
 
 
 def _message(name: str, value: Any) -> Message:
     role = value.get("role") if isinstance(value, Mapping) else None
+    if isinstance(role, str) and role not in ROLES:
+        raise BadDialogue("unknown role", f"dialogue {name}: role {role!r:.40}, expected one of {', '.join(ROLES)}")
     try:
         return Message.from_json(value)
     except DataError as error:
-        reason = "unknown role" if isinstance(role, str) and "role" in str(error) else "broken message"
-        raise BadDialogue(reason, f"dialogue {name}: {error}") from None
+        raise BadDialogue("broken message", f"dialogue {name}: {error}") from None
 
 
 def _check(dialogue: Dialogue) -> None:
@@ -148,7 +158,7 @@ def _check(dialogue: Dialogue) -> None:
             f"dialogue {name}: {len(rewards)} rewards for {len(messages)} messages, expected one each",
         )
     for i, reward in enumerate(rewards):
-        if not isinstance(reward, int | float) or isinstance(reward, bool) or not abs(reward) < float("inf"):
+        if not isinstance(reward, int | float) or isinstance(reward, bool) or not abs(reward) <= sys.float_info.max:
             raise BadDialogue(
                 "broken reward", f"dialogue {name}: reward {i} is {reward!r:.40}, expected a finite number"
             )
@@ -209,8 +219,11 @@ def read_dialogues(paths: Sequence[Path | str], *, aside: Path | str | None = No
                 )
             seen[dialogue.id] = where
             found.append(dialogue)
+    if aside is not None:
+        Path(aside).unlink(missing_ok=True)
     if aside is not None and refused:
-        write_objects(aside, [{"where": w, "reason": r, "message": m, "row": row} for w, r, m, row in refused])
+        rows = [{"where": w, "reason": r, "message": m, "row": _writable(row)} for w, r, m, row in refused]
+        write_objects(aside, rows)
     read = ReadDialogues(found, refused)
     if not found:
         raise DataError(f"no dialogue to learn from in {', '.join(map(str, paths))}: {read.summary()}")
@@ -228,6 +241,7 @@ def dialogue_of(row: Mapping[str, Any], where: str) -> Dialogue:
         BadDialogue: it cannot be learnt from.
         DataError: it is in none of the forms.
     """
+    row = {key: value for key, value in row.items() if value is not None}  # tables fill columns with null
     if "turns" in row:
         return Dialogue.from_episode(Episode.from_json(row))
     if "messages" not in row:
@@ -235,7 +249,11 @@ def dialogue_of(row: Mapping[str, Any], where: str) -> Dialogue:
             f"{where}: expected 'messages' (a chat) or 'turns' (an episode), got {', '.join(row) or 'no keys'}"
         )
     known = {"id", "messages", "rewards", "reward", "done", "truncated", "task", "provenance"}
-    messages = row["messages"] if isinstance(row["messages"], list | tuple) else ()
+    messages, given = row["messages"], row.get("provenance", {})
+    if not isinstance(messages, list | tuple):
+        raise BadDialogue("broken message", f"{where}: expected a list of messages, got {type(messages).__name__}")
+    if not isinstance(given, Mapping):
+        raise DataError(f"{where}: expected an object in 'provenance', got {given!r:.40}")
     if ("rewards" in row) == ("reward" in row):
         raise BadDialogue("no rewards", f"{where}: expected 'rewards' (one a message) or 'reward' (one for all)")
     rewards = row["rewards"] if "rewards" in row else _at_the_end(messages, row["reward"])
@@ -248,7 +266,7 @@ def dialogue_of(row: Mapping[str, Any], where: str) -> Dialogue:
         done=row.get("done", not truncated),
         truncated=truncated,
         task=row.get("task", ""),
-        provenance={**row.get("provenance", {}), **({"columns": kept} if kept else {})},
+        provenance={**given, **({"columns": kept} if kept else {})},
     )
 
 
@@ -256,3 +274,12 @@ def _at_the_end(messages: Sequence[Any], reward: Any) -> tuple[Any, ...]:
     """Return rewards of which the agent's last turn has all; it is checked later."""
     agent = [i for i, m in enumerate(messages) if isinstance(m, Mapping) and m.get("role") == AGENT]
     return tuple(reward if i == (agent[-1] if agent else -1) else 0.0 for i in range(len(messages)))
+
+
+def _writable(value: Any) -> Any:
+    """Return a JSON value with numbers that JSON cannot hold as text."""
+    if isinstance(value, Mapping):
+        return {key: _writable(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(v) for v in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

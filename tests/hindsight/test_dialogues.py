@@ -94,7 +94,7 @@ def test_one_reward_goes_to_the_last_turn_of_the_agent(write):
     assert second.rewards == (0.0, 3.0, 0.0)
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf"), True, "1", None])
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), True, "1"])
 def test_one_reward_must_be_a_number(reward):
     with pytest.raises(BadDialogue, match="expected a finite number") as refusal:
         dialogue_of(without("rewards") | {"reward": reward}, "talks.jsonl:1")
@@ -280,3 +280,52 @@ def test_returns_of_random_dialogues_are_sums_of_what_is_left(seed):
     assert talk.returns(0.9) == pytest.approx(
         [sum(0.9**j * reward for j, reward in enumerate(earned[k:])) for k in range(len(earned))]
     )
+
+
+def test_numbers_that_json_cannot_hold_are_written_aside_as_text(tmp_path):
+    row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rewards": [0, NaN]}'
+    good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "reward": 1}'
+    (tmp_path / "data.jsonl").write_text(row + "\n" + good + "\n")
+    read_dialogues([tmp_path / "data.jsonl"], aside=tmp_path / "aside.jsonl")
+    assert json.loads((tmp_path / "aside.jsonl").read_text())["row"]["rewards"] == [0, "nan"]
+    (tmp_path / "data.jsonl").write_text(good + "\n")
+    read_dialogues([tmp_path / "data.jsonl"], aside=tmp_path / "aside.jsonl")
+    assert not (tmp_path / "aside.jsonl").exists()  # nothing was refused this time
+
+
+def test_columns_of_null_are_not_there():
+    """As tables with a column for each key of any row write them."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {
+        "id": None,
+        "messages": messages,
+        "reward": 1,
+        "rewards": None,
+        "truncated": None,
+        "task": None,
+        "provenance": None,
+    }
+    found = dialogue_of(row, "f:3")
+    assert (found.id, found.rewards, found.done, found.task) == ("f:3", (0.0, 1.0), True, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"messages": "hello"}, "broken message"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}, "broken message"),
+        ({"messages": [{"role": "narrator", "content": "a"}, {"role": "assistant", "content": "b"}]}, "unknown role"),
+        ({"rewards": [0, 10**400]}, "broken reward"),
+    ],
+)
+def test_reasons_are_told_apart(change, reason):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(BadDialogue) as refused:
+        dialogue_of({"messages": messages, "rewards": [0, 1], **change}, "f:1")
+    assert refused.value.reason == reason
+
+
+def test_going_through_an_episode_twice_changes_nothing():
+    messages = (Message("user", "a"), Message("assistant", "b"))
+    one = Dialogue("x", messages, (0.0, 1.0), task="t", provenance={"seed": 3})
+    assert Dialogue.from_episode(Dialogue.from_episode(one.to_episode()).to_episode()) == one

@@ -16,6 +16,7 @@ from serving_folders import (
     PAGING,
     PARITY,
     ROOT,
+    STEERED,
     STORIES,
     bfloat16_prompts,
     ensemble_folder,
@@ -98,6 +99,8 @@ def in_process_started(request, tmp_path_factory):
     get = request.getfixturevalue
     common = {"prompts": get("prompts"), "new_tokens": NEW_TOKENS}
     tasks = {name: {"kind": "parity", "folder": str(f), **common} for name, (f, _) in get("parity_folders").items()}
+    task = {"kind": "steered", "folder": str(get("parity_folders")["llama-value"][0]), "choices": STEERED}
+    tasks["steered"] = task | {"prompts": get("prompts")}
     tasks["classes"] = {"kind": "classes", "architectures": sorted({a for a, _, _ in PARITY.values()})}
     tasks["reward"] = {"kind": "reward", "folder": str(get("reward_folder")), "prompts": get("prompts")}
     for name, (folder, _, _) in get("ensembles").items():

@@ -57,6 +57,21 @@ def parity(task):
     return {"answers": answers, "attention": [*llm.llm_engine.vllm_config.compilation_config.static_forward_context]}
 
 
+def steered(task):
+    """The distribution of the next token after each prompt, `[choices, prompts, V]`, with beta and support chosen at load."""
+    found = []
+    for beta, support in task["choices"]:
+        overrides = {"llmrl_beta": beta, "llmrl_support": support}
+        llm = LLM(task["folder"], hf_overrides=overrides, max_logprobs=512, **SMALL)
+        outputs = outputs_of(llm, task["prompts"], 1, logprobs=512)
+        tokens = [o.outputs[0].logprobs[0] for o in outputs]
+        found.append([[row[t].logprob if t in row else None for t in range(512)] for row in tokens])
+        found[-1] = [[None if p is None or p == float("-inf") else p for p in row] for row in found[-1]]
+        del llm
+        gc.collect()
+    return found
+
+
 def paging(task):
     """Prompts in chunks, out of the prefix cache, and with too few blocks for all of them; every step as scheduled."""
     llm = LLM(task["folder"], num_gpu_blocks_override=task["blocks"], **PAGED)

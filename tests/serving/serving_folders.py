@@ -10,6 +10,7 @@ from llmrl.base_model import load_base
 from llmrl.heads import HeadsConfig, HeadSpec, build_head
 from llmrl.logits_heads import VectorHead, initialise
 from llmrl.modeling import read_heads_config, save_heads_folder
+from llmrl.value_heads import ValueHead
 
 ROOT = Path(__file__).parents[2]
 STORIES = ROOT / "examples" / "stories260k"
@@ -29,6 +30,7 @@ ENVIRONMENT = {
 }
 SCALAR, LINEAR = {"architecture": "scalar"}, {"architecture": "linear"}
 VECTOR = {"architecture": "vector", "kind": "vector", "outputs": 512}
+VALUE = {"kind": "value", "outputs": 512, "beta": 1.5}
 MLP, TRANSFORMER = {"architecture": "mlp"}, {"architecture": "transformer"}
 BESIDE, MERGED = {"merged": False}, {"merged": True}
 # every architecture, and every combination of head, merged or not, and one file or several
@@ -41,6 +43,9 @@ PARITY = {
     "gemma2-merged": ("Gemma2ForCausalLM", False, LINEAR | MERGED),
     "gemma3": ("Gemma3ForCausalLM", False, SCALAR | BESIDE),
     "llama-vector": ("LlamaForCausalLM", False, VECTOR | BESIDE),
+    "llama-value": ("LlamaForCausalLM", False, {"architecture": "low_rank"} | VALUE | BESIDE),
+    "qwen3-value": ("Qwen3ForCausalLM", True, LINEAR | VALUE | MERGED),
+    "gemma2-value": ("Gemma2ForCausalLM", False, MLP | VALUE | MERGED),
     "qwen2-mlp": ("Qwen2ForCausalLM", False, MLP | BESIDE),
     "llama-transformer": ("LlamaForCausalLM", False, TRANSFORMER | BESIDE),
     "qwen2-transformer": ("Qwen2ForCausalLM", False, TRANSFORMER | MERGED),
@@ -125,13 +130,16 @@ def random_model(architecture, folder, *, shards=False):
     return folder
 
 
-def heads_folder(base, folder, *, kind="temperature", architecture="linear", outputs=1, merged=False, seed=0):
+STEERED = ((0.0, 0.0), (4.0, 0.0), (4.0, 0.2))  # beta and support that "llama-value" is loaded with
+
+
+def heads_folder(base, folder, *, kind="temperature", architecture="linear", outputs=1, merged=False, seed=0, beta=0.0):
     """Write a folder as `llmrl calibrate` does, with random heads instead of fitted ones."""
     opened = load_base(str(base))
-    sizes = {"intermediate_size": 80} if architecture in ("mlp", "transformer") else {}
+    sizes = {"intermediate_size": 80} if architecture in ("mlp", "transformer", "low_rank") else {}
     if architecture == "transformer":
         sizes |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
-    spec = HeadSpec(kind, architecture, opened.model.config.hidden_size, outputs, **sizes)
+    spec = HeadSpec(kind, architecture, opened.model.config.hidden_size, outputs, beta=beta, **sizes)
     head = build_head(spec)
     fill(head, seed)
     config = HeadsConfig(
@@ -181,6 +189,10 @@ def fitted_folder(base, folder, *options):
 def fill(head, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        if isinstance(head, ValueHead):
+            for parameter in head.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+            return
         initialise(head, generator)
         if isinstance(head, VectorHead):
             head.scale.add_(torch.randn(head.scale.shape, generator=generator) * 0.05)

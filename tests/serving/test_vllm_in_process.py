@@ -9,6 +9,7 @@ from serving_folders import (
     NEW_TOKENS,
     PAGING,
     PARITY,
+    STEERED,
     STORIES,
     assert_agrees,
     bfloat16_prompts,
@@ -17,6 +18,7 @@ from serving_folders import (
     paging_prompts,
     token_logprobs,
 )
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.vllm
 
@@ -32,10 +34,29 @@ def test_llm_agrees_with_transformers(name, in_process, parity_folders, prompts)
     assert_agrees(answer_of(in_process, name)["answers"], expected(folder, base, prompts))
 
 
+@pytest.mark.parametrize("choice", range(len(STEERED)))
+def test_a_value_head_moves_the_next_token_by_the_beta_it_is_loaded_with(choice, in_process, parity_folders, prompts):
+    """The whole distribution, against the formula on transformers' own logits and states."""
+    beta, support = STEERED[choice]
+    folder, base = parity_folders["llama-value"]
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    head = AutoModelForCausalLM.from_pretrained(folder).llmrl_heads["value"]
+    assert head.beta == 1.5  # what the folder says is another
+    for prompt, found in zip(prompts, answer_of(in_process, "steered")[choice], strict=True):
+        with torch.inference_mode():
+            out = model(torch.tensor([prompt]), output_hidden_states=True)
+        logits, hidden = out.logits[0, -1], out.hidden_states[-1][0, -1]
+        wanted = (logits + beta * head.q(hidden).min(0).values).double()
+        kept = logits.softmax(-1) >= support * logits.softmax(-1).max()
+        wanted = wanted.masked_fill(~kept, -torch.inf).log_softmax(-1)
+        assert [p is not None for p in found] == kept.tolist()
+        assert kept.all() == (support == 0)
+        got = torch.tensor([p for p in found if p is not None])
+        assert (got - wanted[kept]).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("name", FITTED)
 def test_generate_of_a_fitted_folder_is_what_vllm_says(name, in_process, parity_folders, prompts):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(parity_folders[name][0], attn_implementation="eager").eval()
     assert model.llmrl_heads["temperature"].spec.architecture == "transformer"
     model.generation_config.eos_token_id = None  # vLLM was told to go on too
@@ -105,8 +126,6 @@ def test_requests_that_crowd_each_other_out_agree_with_transformers(name, in_pro
 
 def test_bfloat16_agrees_with_transformers_in_bfloat16(in_process, transformer_head):
     """Two programs round a base to 8 bits in different orders: about 0.03 a logprob, with a long tail. A head does more."""
-    from transformers import AutoModelForCausalLM
-
     text, answer = bfloat16_prompts()[0], answer_of(in_process, "bfloat16")["answers"][0]
     found = torch.tensor(answer["prompt_logprobs"] + answer["logprobs"])
     differences = {}
@@ -121,8 +140,6 @@ def test_bfloat16_agrees_with_transformers_in_bfloat16(in_process, transformer_h
 
 def test_bfloat16_tau_is_the_heads_on_the_same_hidden_states(in_process, transformer_head):
     """No rounding of the base is in it: attention alone is done in bfloat16, and over one key it is exact."""
-    from transformers import AutoModelForCausalLM
-
     head = AutoModelForCausalLM.from_pretrained(transformer_head).llmrl_heads["temperature"]
     answer = answer_of(in_process, "bfloat16")
     differences, at_first = [], []
@@ -204,8 +221,6 @@ def test_expected_differs_from_the_base(parity_folders, prompts):
     """The comparison above would notice a head that is not applied."""
     folder, base = parity_folders["llama"]
     wanted = expected(folder, base, prompts)
-    from transformers import AutoModelForCausalLM
-
     bare = AutoModelForCausalLM.from_pretrained(base).eval()
     answers = []
     for ids, new in zip(prompts, wanted["greedy"], strict=True):

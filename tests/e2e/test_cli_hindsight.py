@@ -1,0 +1,173 @@
+"""`llmrl hindsight` as a user runs it: logs of a small world, a model without any knowledge, a policy, its return."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmrl.cli import main
+from llmrl.hindsight.envs import charity
+from llmrl.training import read_metrics
+
+TRAIN = ["--max_steps", "12", "--batch_size", "8", "--quiet"]
+
+
+def run(*words):
+    return main(["hindsight", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Logs of the charity talk, a small model, and two policies."""
+    folder = tmp_path_factory.mktemp("hindsight")
+    options = ["--count", "120", "--model_dir", folder / "small", "--width", "32", "--quiet"]
+    assert run("logs", "--env", "charity", "--output", folder / "logs.jsonl", *options) == 0
+    data = ["--data", folder / "logs.jsonl", "--model", folder / "small"]
+    assert run("train", *data, "--output_dir", folder / "ilql", *TRAIN) == 0
+    assert run("train", *data, "--output_dir", folder / "bc", "--method", "bc", *TRAIN) == 0
+    return folder
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_trained_policy_opens_in_transformers_and_is_steered(world):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(world / "ilql")
+    head = model.llmrl_heads["value"]
+    assert (head.beta, head.support) == (8.0, 0.02)
+    assert float(head.q_weight.abs().max()) > 0
+    plain = AutoModelForCausalLM.from_pretrained(world / "bc")
+    assert not hasattr(plain, "llmrl_heads")
+    ids = torch.tensor([[1, 3, 9]])
+    with torch.inference_mode():
+        assert torch.isneginf(model(ids).logits).any()  # the support filter
+        head.beta, head.support = 0.0, 0.0
+        assert not torch.isneginf(model(ids).logits).any()
+    found = report(world / "ilql")
+    assert found["dialogues"] == {"read": 120, "kept_aside": 0, "used": 120}
+    assert found["difference"] < 1e-4
+    for name in ("config.resolved.yaml", "env.json", "metrics.jsonl", "README.md"):
+        assert (world / "ilql" / name).is_file()
+    assert not (world / "ilql.training").exists()
+    logged = [row for row in read_metrics(world / "ilql") if "value_above_earned" in row]
+    assert {"value", "earned", "q_loss", "v_loss", "policy_nll"} <= set(logged[-1])
+
+
+@pytest.mark.parametrize("method", ["mc", "filtered-bc", "awr", "dpo"])
+def test_every_method_trains_on_the_same_logs(method, world, tmp_path):
+    data = ["--data", world / "logs.jsonl", "--model", world / "bc", "--method", method]
+    assert run("train", *data, "--output_dir", tmp_path / "out", "--share", "0.5", *TRAIN) == 0
+    assert report(tmp_path / "out")["dialogues"]["used"] == (60 if method == "filtered-bc" else 120)
+    options = ["--episodes", "3", "--output_dir", tmp_path / "eval", "--quiet"]
+    assert run("eval", "--policy", tmp_path / "out", "--env", "charity", *options) == 0
+
+
+@pytest.mark.parametrize(
+    "options", [["--trunk", "separate"], ["--tuning", "lora", "--lora_r", "2"], ["--packing"], ["--backup", "token"]]
+)
+def test_other_shapes_of_training(options, world, tmp_path):
+    data = ["--data", world / "logs.jsonl", "--model", world / "small", "--head", "mlp", "--head_size", "8"]
+    assert run("train", *data, "--output_dir", tmp_path / "out", *options, *TRAIN) == 0
+    played = ["--episodes", "3", "--beta", "2", "--output_dir", tmp_path / "eval", "--quiet"]
+    assert run("eval", "--policy", tmp_path / "out", "--env", "charity", *played) == 0
+    assert report(tmp_path / "eval")["beta"] == 2.0
+
+
+def test_eval_reports_return_optimum_and_what_was_no_action(world, tmp_path):
+    options = ["--episodes", "9", "--seed", "4", "--quiet"]
+    for name, more in (("a", []), ("b", []), ("greedy", ["--greedy"]), ("plain", ["--beta", "0"])):
+        played = ["--policy", world / "ilql", "--env", "charity", "--output_dir", tmp_path / name]
+        assert run("eval", *played, *options, *more) == 0
+    found = report(tmp_path / "a")
+    assert found["optimum"] == pytest.approx(charity.optimum())
+    assert found["return"]["low"] <= found["return"]["value"] <= found["return"]["high"]
+    assert found["return"]["value"] == pytest.approx(sum(found["returns"]) / 9)
+    assert 0 <= found["invalid_share"] <= 1
+    assert (found["episodes"], found["beta"]) == (9, 8.0)
+    assert report(tmp_path / "greedy")["greedy"]
+    again = report(tmp_path / "b")
+    assert found["returns"] == again["returns"]  # one seed, one luck
+    assert report(tmp_path / "plain")["beta"] == 0.0
+
+
+def test_a_killed_run_goes_on_to_the_same_policy(world, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    from llmrl.hindsight.trainer import DialogueTrainer
+
+    data = ["--data", world / "logs.jsonl", "--model", world / "small", "--save_steps", "5", *TRAIN]
+    assert run("train", *data, "--output_dir", tmp_path / "whole") == 0
+    step = DialogueTrainer.training_step
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 7:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(DialogueTrainer, "training_step", dies)
+    assert run("train", *data, "--output_dir", tmp_path / "cut") == 130
+    monkeypatch.setattr(DialogueTrainer, "training_step", step)
+    assert not (tmp_path / "cut").exists()
+    assert run("train", *data, "--output_dir", tmp_path / "cut") == 1  # neither resumed nor begun anew
+    assert run("train", *data, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "--lr", "1e-5") == 1
+    assert run("train", *data, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint") == 0
+    for name in ("model.safetensors", "llmrl_heads.safetensors"):
+        one, other = (load_file(tmp_path / run_ / name) for run_ in ("whole", "cut"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_rows_that_cannot_be_learnt_from_are_counted_and_written_aside(world, tmp_path, capsys):
+    rows = [json.loads(line) for line in (world / "logs.jsonl").read_text().splitlines()[:40]]
+    bad = [
+        {"messages": [{"role": "user", "content": "Hello."}], "reward": 1.0},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {**rows[0], "id": "short", "rewards": [0.0]},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*bad, *rows]))
+    options = ["--data", tmp_path / "data.jsonl", "--model", world / "small", "--output_dir", tmp_path / "out"]
+    assert run("train", *options, "--max_steps", "2", "--batch_size", "8") == 0
+    said = capsys.readouterr().out
+    assert "40 dialogues, 3 kept aside: 1 no agent turn" in said
+    assert report(tmp_path / "out")["dialogues"] == {"read": 40, "kept_aside": 3, "used": 40}
+    aside = [json.loads(line) for line in (tmp_path / "out" / "kept_aside.jsonl").read_text().splitlines()]
+    assert [row["reason"] for row in aside] == ["no agent turn", "no rewards", "rewards of another length"]
+    assert aside[0]["where"].endswith("data.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "--data", "no.jsonl", "--model", "{small}", "--output_dir", "out"], "not found: no.jsonl"),
+        (["train", "--data", "{data}", "--model", "./no", "--output_dir", "out"], "not found: ./no"),
+        (["train", "--data", "{data}", "--model", "{small}", "--output_dir", "{ilql}"], "is not empty"),
+        (["train", "--data", "{data}", "--model", "{ilql}", "--output_dir", "out"], "already carries llmrl heads"),
+        (
+            ["train", "--data", "{data}", "--model", "{small}", "--output_dir", "out", "--batch_size", "500"],
+            "fewer than",
+        ),
+        (["train", "--data", "{data}", "--model", "{small}", "--output_dir", "out", "--expectile", "1"], "--expectile"),
+        (["train", "--data", "{data}", "--model", "examples/stories260k", "--output_dir", "out"], "chat template"),
+        (["train", "--data", "{data}", "--model", "{small}", "--output_dir", "out", "--metod", "bc"], "did you mean"),
+        (["eval", "--policy", "{bc}", "--env", "charity", "--output_dir", "out", "--beta", "2"], "has none"),
+        (["eval", "--policy", "{bc}", "--env", "chess", "--output_dir", "out"], "not a choice"),
+        (["logs", "--env", "charity", "--output", "x.txt"], "ends in .jsonl"),
+    ],
+)
+def test_refusals_are_short(world, tmp_path, monkeypatch, capsys, words, says):
+    stories = Path("examples/stories260k").resolve()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "stories260k").symlink_to(stories)
+    places = {"data": world / "logs.jsonl", **{name: world / name for name in ("small", "ilql", "bc")}}
+    assert run(*(word.format(**places) for word in words)) in (1, 2)
+    err = capsys.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / "examples")
