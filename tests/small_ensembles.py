@@ -52,12 +52,12 @@ def unfolded_scores(model, features):
     return (model.trained(scaled) + model.frozen(scaled)).double().numpy()
 
 
-def random_ensemble(base, kind="linear", heads=5, reads="dialogue", seed=0, dtype="float32"):
+def random_ensemble(base, kind="linear", heads=5, reads="dialogue", seed=0, dtype="float32", max_length=None):
     """Return (ensemble, its heads unfolded) on a base."""
-    features = open_features(str(base), dtype=dtype)
+    features = open_features(str(base), dtype=dtype, max_length=max_length)
     model = random_heads(features.width, kind, heads, seed)
     names = tuple(f"head {k}" for k in range(heads))
-    facts = (features.name, features.kind, features.identity, reads)
+    facts = (features.name, features.kind, features.identity, reads, max_length)
     single = random_heads(features.width, "linear", 1, seed + 1).fold()  # as training leaves one, for comparison
     made = RewardEnsemble(model.fold(), *facts, names=names, signs=(1,) * heads, single=single, _base=features)
     return made, model

@@ -321,7 +321,7 @@ def test_load_is_spread_and_hundreds_wait(fakes, client):
     shares = [len(fake.completions()) for fake in servers]
     assert sum(shares) == 300
     assert min(shares) >= 80
-    assert min(fake.peak for fake in servers) > 8  # 17 were seen on a busy machine
+    assert min(fake.peak for fake in servers) > 2  # one after the other would be 1; 6 were seen on a very busy machine
 
 
 def test_cancel_closes_the_connection(fakes, client):

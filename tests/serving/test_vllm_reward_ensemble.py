@@ -38,8 +38,8 @@ def wanted(ensembles):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     """An ensemble on the sentence encoder, and its folder."""
-    ensemble, _ = random_ensemble(default_encoder())
-    ensemble.max_length, ensemble._base = READ, None
+    ensemble, _ = random_ensemble(default_encoder(), max_length=READ)
+    ensemble._base = None
     folder = tmp_path_factory.mktemp("encoder")
     ensemble.save(folder)
     return ensemble, folder
