@@ -22,12 +22,13 @@ from llmrl.rollout.model_facts import read_facts
 
 
 def value_config(policy: Path | str) -> HeadsConfig | None:
-    """Return the description of a policy's value head; None of a policy without one.
+    """Return the description of a policy's value head, wherever its trunk lies; None of a policy without one.
 
     Raises:
         ModelError: the folder is damaged, or carries other heads.
     """
     folder = Path(policy).expanduser()
+    folder = folder / VALUES if (folder / VALUES).is_dir() else folder
     if not folder.is_dir():
         return None
     try:
@@ -61,16 +62,14 @@ def open_policy(
     """
     folder = Path(policy).expanduser()
     separate = (folder / VALUES).is_dir()
-    head = value_config(folder / VALUES if separate else policy)
+    head = value_config(policy)
     given = {name: value for name, value in (("beta", beta), ("support", support)) if value is not None}
     if given and head is None:
         raise UsageError(f"--{min(given)} moves a policy by its values, and {policy} has none")
-    if (Path(policy).expanduser() / VALUES).is_dir():
-        raise UsageError(
-            f"{policy} has values on a trunk of its own, which no engine runs: use llmrl.hindsight.separate"
-        )
     urls = list(server_url or ())
-    name = choose_backend(read_facts(policy), urls)[0] if rollout_backend == "auto" else rollout_backend
+    name = rollout_backend
+    if name == "auto":
+        name = "transformers" if separate else choose_backend(read_facts(policy), urls)[0]
     if separate and name != "transformers":
         raise UsageError(
             f"{policy} has values on a trunk of its own, which vLLM does not run beside the policy's: use --rollout_backend "
@@ -80,7 +79,7 @@ def open_policy(
         raise UsageError(
             "a server has its own beta and support: start it with LLMRL_BETA and LLMRL_SUPPORT, and leave them out here"
         )
-    if not given:
+    if not given and not separate:
         return open_engine(policy, rollout_backend=name, server_url=urls, **options)
     if name == "vllm":
         overrides = {f"llmrl_{key}": value for key, value in given.items()}

