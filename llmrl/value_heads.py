@@ -4,9 +4,10 @@ A `ValueHead` holds two Q functions over the vocabulary and one V, so that a dia
 served: the policy is pi_beta(a | s) exp(beta min_i Q_i(s, a)), normalised over the tokens that the behaviour policy pi_beta
 supports (arXiv 2206.11871; V is the same for all tokens and drops out).
 
-Three shapes of Q: `linear` (H -> vocabulary), `low_rank` (H -> r -> vocabulary) and `mlp` (H -> r, ReLU, -> vocabulary). Their
-last layer starts at zero, so the policy starts as pi_beta whatever beta is. Everything is float32 whatever the base's dtype. V
-is linear in the hidden state, or, of `mlp`, in r hidden units of its own.
+Three shapes of Q: `linear` (H -> vocabulary), `low_rank` (H -> r -> vocabulary) and `mlp` (H -> r, ReLU, -> vocabulary). The
+first two have no biases, as output embeddings have none, so that they can be folded into one (`fold_values`). The last layer
+starts at zero, so the policy starts as pi_beta whatever beta is. Everything is float32 whatever the base's dtype. V is linear in
+the hidden state, or, of `mlp`, in r hidden units of its own.
 
 The matrices are plain parameters, not `nn.Linear`: programs that quantise a model or put LoRA into it go by its linear layers.
 This file needs torch alone, so that a checkpoint can carry it.
@@ -39,18 +40,17 @@ class ValueHead(nn.Module):
         self.beta, self.support = float(spec.beta), float(spec.support)  # of what is served: may be set at any time
         inner = spec.hidden_size if spec.architecture == "linear" else spec.intermediate_size
         self.q_weight = _zeros(Q_HEADS, spec.outputs, inner)
-        self.q_bias = _zeros(Q_HEADS, spec.outputs)
         if spec.architecture != "linear":
             self.down_weight = _zeros(Q_HEADS, inner, spec.hidden_size)
         if spec.architecture == "mlp":
-            self.down_bias = _zeros(Q_HEADS, inner)
+            self.q_bias, self.down_bias = _zeros(Q_HEADS, spec.outputs), _zeros(Q_HEADS, inner)
             self.v_down_weight, self.v_down_bias = _zeros(inner, spec.hidden_size), _zeros(inner)
         self.v_weight = _zeros(1, inner if spec.architecture == "mlp" else spec.hidden_size)
         self.v_bias = _zeros(1)
 
     def _read(self, hidden: Tensor) -> Tensor:
         """Return what the last layer of each Q reads, `[2, ..., r]`."""
-        x = hidden.to(self.q_bias.device).float()
+        x = hidden.to(self.q_weight.device).float()
         if self.spec.architecture == "linear":
             return x.expand(Q_HEADS, *x.shape)
         inner = torch.stack([functional.linear(x, weight.float()) for weight in self.down_weight])
@@ -61,14 +61,15 @@ class ValueHead(nn.Module):
     def q(self, hidden: Tensor) -> Tensor:
         """Return Q of every token, `[2, ..., V]`, of hidden states `[..., H]`."""
         read = self._read(hidden)
-        parts = zip(read, self.q_weight, self.q_bias, strict=True)
-        return torch.stack([functional.linear(x, w.float(), b.float()) for x, w, b in parts])
+        q = torch.stack([functional.linear(x, w.float()) for x, w in zip(read, self.q_weight, strict=True)])
+        if self.spec.architecture != "mlp":
+            return q
+        return q + self.q_bias.float().view(Q_HEADS, *[1] * (hidden.ndim - 1), -1)
 
     def q_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return Q of one token a state, `[2, N]`, of states `[N, H]` and tokens `[N]`; the vocabulary is not swept."""
-        read = self._read(hidden)
-        weight, bias = self.q_weight[:, tokens].float(), self.q_bias[:, tokens].float()
-        return (read * weight).sum(-1) + bias
+        q = (self._read(hidden) * self.q_weight[:, tokens].float()).sum(-1)
+        return q + self.q_bias[:, tokens].float() if self.spec.architecture == "mlp" else q
 
     def v(self, hidden: Tensor) -> Tensor:
         """Return V, `[...]`, of hidden states `[..., H]`."""
@@ -114,8 +115,8 @@ def initialise_values(head: ValueHead, generator: torch.Generator) -> None:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
 
 
-def fold_values(lm_head: Tensor, head: ValueHead, beta: float) -> tuple[Tensor, Tensor]:
-    """Return an output embedding `[V, H]` and bias `[V]` whose logits are those of pi_beta plus beta times the mean of both Q.
+def fold_values(lm_head: Tensor, head: ValueHead, beta: float) -> Tensor:
+    """Return an output embedding `[V, H]` whose logits are those of pi_beta plus beta times the mean of both Q.
 
     Args:
         lm_head: `[V, H]`, of the base.
@@ -125,8 +126,7 @@ def fold_values(lm_head: Tensor, head: ValueHead, beta: float) -> tuple[Tensor, 
     weight = head.q_weight.double()
     if head.spec.architecture == "low_rank":
         weight = weight @ head.down_weight.double()
-    folded = lm_head.double() + beta * weight.mean(0).to(lm_head.device)
-    return folded.to(lm_head.dtype), (beta * head.q_bias.double().mean(0)).float()
+    return (lm_head.double() + beta * weight.mean(0).to(lm_head.device)).to(lm_head.dtype)
 
 
 def _zeros(*shape: int) -> nn.Parameter:

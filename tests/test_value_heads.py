@@ -33,7 +33,8 @@ def test_q_and_v_are_their_formulas(architecture):
             read = HIDDEN @ made.down_weight[i].T
         if architecture == "mlp":
             read = (read + made.down_bias[i]).clamp(min=0)
-        assert torch.allclose(q[i], read @ made.q_weight[i].T + made.q_bias[i], atol=1e-5)
+        bias = made.q_bias[i] if architecture == "mlp" else 0
+        assert torch.allclose(q[i], read @ made.q_weight[i].T + bias, atol=1e-5)
     read = HIDDEN if architecture != "mlp" else (HIDDEN @ made.v_down_weight.T + made.v_down_bias).clamp(min=0)
     assert torch.allclose(made.v(HIDDEN), (read @ made.v_weight.T + made.v_bias)[..., 0], atol=1e-5)
     states, tokens = HIDDEN.flatten(0, 1), torch.arange(15) % VOCABULARY
@@ -48,11 +49,11 @@ def test_a_fresh_head_is_the_behaviour_policy_at_every_beta(architecture):
     initialise_values(made, torch.Generator().manual_seed(2))
     logits = torch.randn(3, 5, VOCABULARY)
     assert torch.equal(apply_logits_heads(torch.nn.ModuleDict({"value": made}), logits, HIDDEN), logits)
-    assert float(made.v(HIDDEN).abs().max()) == 0
+    assert float(made.v(HIDDEN).detach().abs().max()) == 0
     if architecture != "linear":
-        assert float(made.down_weight.std()) == pytest.approx(WIDTH**-0.5, rel=0.3)
+        assert float(made.down_weight.detach().std()) == pytest.approx(WIDTH**-0.5, rel=0.3)
     made.q_of(HIDDEN[0], torch.arange(5)).sum().backward()
-    assert float(made.q_weight.grad.abs().sum() + made.q_bias.grad.abs().sum()) > 0  # it can learn from there
+    assert float(made.q_weight.grad.abs().sum()) > 0  # it can learn from there
 
 
 def test_the_policy_is_the_behaviour_policy_times_exp_of_beta_q():
@@ -81,9 +82,8 @@ def test_tokens_that_were_never_said_are_not_chosen_however_good_q_says_they_are
 @pytest.mark.parametrize("architecture", ["linear", "low_rank"])
 def test_the_fold_is_the_mean_of_both_heads(architecture):
     made, lm_head = head(architecture), torch.randn(VOCABULARY, WIDTH)
-    weight, bias = fold_values(lm_head, made, 2.0)
     wanted = HIDDEN @ lm_head.T + 2.0 * made.q(HIDDEN).mean(0)
-    assert torch.allclose(HIDDEN @ weight.T + bias, wanted, atol=1e-4)
+    assert torch.allclose(HIDDEN @ fold_values(lm_head, made, 2.0).T, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "value"), [("beta", -1.0), ("beta", float("nan")), ("support", 1.5)])

@@ -94,8 +94,9 @@ def in_units_of_rewards(head: ValueHead, scale: float, beta: float, support: flo
     made = ValueHead(replace(head.spec, beta=beta, support=support))
     made.load_state_dict(head.state_dict())
     with torch.no_grad():
-        for parameter in (made.q_weight, made.q_bias, made.v_weight, made.v_bias):
-            parameter.div_(scale)
+        for name, parameter in made.named_parameters():
+            if name in ("q_weight", "q_bias", "v_weight", "v_bias"):  # the last layers
+                parameter.div_(scale)
     return made.requires_grad_(False)
 
 
