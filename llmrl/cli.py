@@ -13,7 +13,7 @@ _COMMANDS = {
     "rollout": "sample answers to a file of prompts with transformers, vLLM or vLLM servers",
     "leret": "teach a model to search by trying: explore queries, train on the preferences, evaluate",
     "hyre": "one reward ensemble, fitted to a user or a domain by a few labels: train, adapt, query, score, eval, export",
-    "hindsight": "learn a better dialogue policy from logs: train (ILQL and its rivals), eval, logs of small worlds",
+    "hindsight": "learn a better dialogue policy from logs: train (ILQL and its rivals), eval, fold, logs",
     "serve": "serve a folder llmrl wrote, or any model, with vLLM; --workers N starts several, --sync takes new weights",
     "doctor": "versions found and wanted, which backends work, GPU and memory",
 }

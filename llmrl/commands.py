@@ -179,6 +179,7 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
 _HINDSIGHT = {
     "train": "Learn a policy for dialogues from logs of mediocre ones: ILQL, Monte-Carlo values, AWR, cloning, preferences.",
     "eval": "Play a policy in an environment whose best return is known.",
+    "fold": "Write a policy with one beta as a plain checkpoint, after measuring what that loses.",
     "logs": "Write logged dialogues of an environment, and a small model without any knowledge to learn from them.",
 }
 
@@ -198,14 +199,20 @@ def run_hindsight(argv: list[str], prog: str = "llmrl hindsight", action: str | 
         action, argv, prog = _named_action(argv, prog, _HINDSIGHT, what)
     if action is None:
         return EXIT_DONE
-    classes: dict[str, Any] = {"train": options.TrainConfig, "eval": options.EvalConfig, "logs": options.LogsConfig}
+    classes: dict[str, Any] = {
+        "train": options.TrainConfig,
+        "eval": options.EvalConfig,
+        "fold": options.FoldConfig,
+        "logs": options.LogsConfig,
+    }
     config = parse_config(classes[action], argv, prog=prog, description=_HINDSIGHT[action])
     quiet_libraries(config.quiet)
-    from llmrl.hindsight import evaluation, run
+    from llmrl.hindsight import evaluation, fold, run
 
     actions: dict[str, Callable[[Any], object]] = {
         "train": run.train,
         "eval": evaluation.evaluate,
+        "fold": fold.fold,
         "logs": evaluation.write_logs,
     }
     try:

@@ -5,9 +5,9 @@ served: the policy is pi_beta(a | s) exp(beta min_i Q_i(s, a)), normalised over 
 supports (arXiv 2206.11871; V is the same for all tokens and drops out).
 
 Three shapes of Q: `linear` (H -> vocabulary), `low_rank` (H -> r -> vocabulary) and `mlp` (H -> r, ReLU, -> vocabulary). The
-first two have no biases, as output embeddings have none, so that they can be folded into one (`fold_values`). The last layer
-starts at zero, so the policy starts as pi_beta whatever beta is. Everything is float32 whatever the base's dtype. V is linear in
-the hidden state, or, of `mlp`, in r hidden units of its own.
+first two have no biases, as output embeddings have none, so that they fold into one (`fold_values`). The last layer starts
+at zero, so the policy starts as pi_beta whatever beta is. Everything is float32 whatever the base's dtype. V is linear in the
+hidden state, or, of `mlp`, in r hidden units of its own.
 
 The matrices are plain parameters, not `nn.Linear`: programs that quantise a model or put LoRA into it go by its linear layers.
 This file needs torch alone, so that a checkpoint can carry it.

@@ -16,7 +16,8 @@ from llmrl.files import check_output_dir, publish_folder, staging_folder, write_
 from llmrl.hindsight.dialogues import Dialogue
 from llmrl.hindsight.envs import charity, maze, twenty_questions
 from llmrl.hindsight.options import EvalConfig, LogsConfig
-from llmrl.hindsight.policy import open_policy, value_config
+from llmrl.hindsight.policy import load_policy, open_policy, value_config
+from llmrl.hindsight.rerank import RerankEngine
 from llmrl.hindsight.small_model import make_small_model
 from llmrl.intervals import draw_means, interval
 from llmrl.jsonl import write_objects
@@ -80,8 +81,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         ) as engine,
         staging_folder(folder) as staging,
     ):
+        asked: Engine = engine
+        if config.rerank is not None:
+            asked = RerankEngine(
+                engine, load_policy(config.policy, dtype=config.dtype), config.rerank, config.rerank_by
+            )
         episodes = play(
-            engine,
+            asked,
             environment,
             rows,
             config.episodes,
@@ -97,6 +103,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             "beta": beta_of(config),
             "support": config.support,
             "greedy": config.greedy,
+            "rerank": config.rerank,
             "seed": config.seed,
         }
         write_json(staging / "report.json", report)

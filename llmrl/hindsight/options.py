@@ -1,4 +1,4 @@
-"""Options of `llmrl hindsight train|eval|logs` and recipes/hindsight.py."""
+"""Options of `llmrl hindsight train|eval|fold|logs` and recipes/hindsight.py."""
 
 from __future__ import annotations
 
@@ -106,6 +106,11 @@ class EvalConfig:
         None, help="how far Q moves the policy; 0 is the behaviour policy (default: what the folder says)"
     )
     support: float | None = option(None, help="see train (default: what the folder says)")
+    rerank: int | None = option(
+        None,
+        help="sample this many turns and say the one of the highest value (with --beta 0: from the behaviour policy)",
+    )
+    rerank_by: str = option("turn", choices=("turn", "token"), help="--backup of the training")
     greedy: bool = option(False, help="take the likeliest token")
     temperature: float = option(1.0, help="of sampling, on top of beta")
     variant: str | None = option(None, help="short or long: the words of charity, the observations of maze")
@@ -117,7 +122,9 @@ class EvalConfig:
     quiet: bool = option(False, help="print errors only")
 
     def __post_init__(self) -> None:
-        check_least(self, {"episodes": 1, "beta": 0, "seed": 0})
+        check_least(self, {"episodes": 1, "beta": 0, "seed": 0, "rerank": 2})
+        if self.rerank is not None and self.greedy:
+            raise UsageError("--rerank chooses among samples, which --greedy has one of")
         if self.support is not None and not 0 <= self.support <= 1:
             raise UsageError(f"--support must be from 0 to 1, got {self.support}")
         if not self.temperature > 0:
@@ -145,3 +152,20 @@ class LogsConfig:
         check_least(self, {"count": 1, "layers": 1, "width": 8, "seed": 0})
         if not self.output.endswith((".jsonl", ".jsonl.gz")):
             raise UsageError(f"--output {self.output}: expected a name that ends in .jsonl or .jsonl.gz")
+
+
+@dataclass
+class FoldConfig:
+    """Options of `llmrl hindsight fold`."""
+
+    policy: str = option(help="folder of llmrl hindsight train, with values on the policy's own trunk")
+    data: list[str] = option(help="JSONL files of held-out dialogues, on which what is lost is measured")
+    output_dir: str = option(help="the plain checkpoint to write")
+    beta: float | None = option(None, help="how far Q moves the policy, for good (default: what the folder says)")
+    force: bool = option(False, help="also where more than 1% of the probability lies off the support")
+    seed: int = option(0, help="nothing is drawn; taken for uniformity")
+    overwrite: bool = option(False, help="replace what is in --output_dir")
+    quiet: bool = option(False, help="print errors only")
+
+    def __post_init__(self) -> None:
+        check_least(self, {"beta": 0})

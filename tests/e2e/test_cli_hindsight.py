@@ -172,3 +172,75 @@ def test_refusals_are_short(world, tmp_path, monkeypatch, capsys, words, says):
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "examples")
+
+
+def test_a_folded_policy_is_a_plain_checkpoint_with_the_mean_of_both_heads(world, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    options = ["--policy", world / "ilql", "--data", world / "logs.jsonl", "--beta", "3"]
+    assert run("fold", *options, "--output_dir", tmp_path / "plain") == 0
+    assert "of the probability lies off the support" in capsys.readouterr().out
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain).__name__ == "LlamaForCausalLM"
+    assert "llmrl" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    steered = AutoModelForCausalLM.from_pretrained(world / "ilql")
+    head, ids = steered.llmrl_heads["value"], torch.tensor([[1, 3, 9, 4]])
+    head.beta, head.support = 0.0, 0.0
+    with torch.inference_mode():
+        out = steered(ids, output_hidden_states=True)
+        wanted = out.logits + 3 * head.q(out.hidden_states[-1]).mean(0)
+        assert (plain(ids).logits - wanted).abs().max() < 1e-4
+    assert set(report(tmp_path / "plain")) == {"beta", "off_support", "gap", "tokens"}
+    played = ["--policy", tmp_path / "plain", "--env", "charity", "--episodes", "3", "--quiet"]
+    assert run("eval", *played, "--output_dir", tmp_path / "eval") == 0
+
+
+def test_a_fold_that_leaves_the_support_is_refused(world, tmp_path, capsys):
+    policy = shutil.copytree(world / "ilql", tmp_path / "policy")
+    fields = json.loads((policy / "config.json").read_text())
+    fields["llmrl"]["heads"]["value"]["support"] = 0.9  # of a policy that is nearly uniform, most lies below
+    (policy / "config.json").write_text(json.dumps(fields))
+    options = ["--policy", policy, "--data", world / "logs.jsonl", "--output_dir", tmp_path / "plain"]
+    assert run("fold", *options) == 1
+    assert "would lie off the support, more than 1%" in capsys.readouterr().err
+    assert not (tmp_path / "plain").exists()
+    assert run("fold", *options, "--force", "--quiet") == 0
+    for name, words in (("bc", "has no values"),):
+        assert (
+            run("fold", "--policy", world / name, "--data", world / "logs.jsonl", "--output_dir", tmp_path / "x") == 1
+        )
+        assert words in capsys.readouterr().err
+
+
+def test_the_best_of_several_turns_is_said(world, tmp_path):
+    options = [
+        "--policy",
+        world / "ilql",
+        "--env",
+        "charity",
+        "--episodes",
+        "3",
+        "--beta",
+        "0",
+        "--rerank",
+        "4",
+        "--quiet",
+    ]
+    assert run("eval", *options, "--output_dir", tmp_path / "eval") == 0
+    assert report(tmp_path / "eval")["rerank"] == 4
+
+
+def test_turns_are_ranked_by_q_of_their_last_token_or_by_advantages(world):
+    from llmrl.hindsight.policy import load_policy
+    from llmrl.hindsight.rerank import turn_values
+
+    model = load_policy(world / "ilql")
+    head, prompt, turns = model.llmrl_heads["value"], [1, 3, 9], [[12, 6], [20, 30, 6]]
+    by_turn, by_token = (turn_values(model, prompt, turns, kind) for kind in ("turn", "token"))
+    for i, turn in enumerate(turns):
+        with torch.inference_mode():
+            h = model(torch.tensor([[*prompt, *turn]]), output_hidden_states=True).hidden_states[-1][0]
+            q = [head.q(h[2 + t]).amin(0)[token].item() for t, token in enumerate(turn)]
+            v = [head.v(h[2 + t]).item() for t in range(len(turn))]
+        assert by_turn[i] == pytest.approx(q[-1], abs=1e-4)
+        assert by_token[i] == pytest.approx(sum(q) - sum(v), abs=1e-4)
