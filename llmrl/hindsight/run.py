@@ -64,6 +64,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             print(f"{len(too_long)} more kept aside: {refusals(too_long)}", flush=True)
     used = best(rows, config.share) if config.method == "filtered-bc" else rows
     trainer, scale = _trainer(config, base, used, work_dir)
+    check_processes(announce=not config.quiet)  # with their group, which the trainer's arguments started
     _run(trainer, config)
     if not trainer.is_world_process_zero():
         return {}
@@ -127,7 +128,7 @@ def reward_scale(rows: Sequence[Encoded], config: TrainConfig) -> tuple[float, f
 
 def _check_start(config: TrainConfig, work_dir: Path) -> None:
     check_tracker(config.report_to)
-    check_processes(announce=not config.quiet)
+    check_processes(announce=False)
     found = list_checkpoints(work_dir)
     if found and config.resume_from_checkpoint is None and not config.overwrite:
         raise OutputError(

@@ -51,7 +51,7 @@ def make_small_model(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context, tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end,
-        initializer_range=width**-0.5,  # the default, .02, is for wide models: attention would sleep for thousands of steps
+        initializer_range=width**-0.5,  # the default, .02, is for wide models: attention would sleep for long
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)

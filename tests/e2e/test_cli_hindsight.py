@@ -1,11 +1,15 @@
 """`llmrl hindsight` as a user runs it: logs of a small world, a model without any knowledge, a policy, its return."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from http_server import free_port
 
 from llmrl.cli import main
 from llmrl.hindsight.envs import charity
@@ -244,3 +248,39 @@ def test_turns_are_ranked_by_q_of_their_last_token_or_by_advantages(world):
             v = [head.v(h[2 + t]).item() for t in range(len(turn))]
         assert by_turn[i] == pytest.approx(q[-1], abs=1e-4)
         assert by_token[i] == pytest.approx(sum(q) - sum(v), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_learn_the_same(world, tmp_path):
+    """Sums are divided by a constant: a token weighs the same on one process, on two, and in parts of a batch."""
+    from safetensors.torch import load_file
+
+    variables = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    data = [
+        "--data",
+        str(world / "logs.jsonl"),
+        "--model",
+        str(world / "small"),
+        "--max_steps",
+        "6",
+        "--batch_size",
+        "8",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run("train", *data, "--output_dir", one, "--quiet") == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+    port = ["--master_port", str(free_port()), "recipes/hindsight.py"]
+    done = subprocess.run(
+        [*launch, *port, *data, "--output_dir", str(two), "--micro_batch_size", "2"],
+        env=variables, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "processes: 2 (gloo, rank 0 on cpu)" in done.stdout
+    for name in ("model.safetensors", "llmrl_heads.safetensors"):
+        left, right = (load_file(folder / name) for folder in (one, two))
+        start = load_file(world / "small" / "model.safetensors")
+        for key in left:
+            assert (left[key] - right[key]).norm() <= 1e-5 * max(left[key].norm(), torch.tensor(1.0)), key
+            if key in start:
+                assert not torch.equal(left[key], start[key])
