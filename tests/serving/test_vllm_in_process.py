@@ -214,7 +214,7 @@ def test_tau_travels_in_columns_of_16_bits_and_arrives_in_float32(in_process):
 def test_heads_that_need_one_rank_refuse_several(in_process):
     answer = answer_of(in_process, "classes")
     assert "a transformer temperature head is not sharded" in answer["two_gpus"]
-    assert "vector scaling needs the whole vocabulary on one rank" in answer["part_of_the_vocabulary"]
+    assert "vector scaling and values need the whole vocabulary on one rank" in answer["part_of_the_vocabulary"]
 
 
 def test_expected_differs_from_the_base(parity_folders, prompts):
