@@ -16,13 +16,17 @@ _QUESTION = re.compile(r"\s*(\S.*?\?[\"'”’)]*)\s+(\S.*)", re.DOTALL)
 _QUESTIONS = 20  # that a game of LMRL-Gym ends after
 
 
+_GUESS = "Ask questions to find out which city somebody comes from, and name it with as few of them as you can."
+
+
 def load_guess_my_city(path: Path | str) -> ReadDialogues:
     """Load games of Guess My City, in the form `{"id", "word", "done", "turns": ["question answer", ...]}`.
 
     The guesser is the agent. A turn is cut after its first question mark that white space follows, with the quotation marks
     or brackets that close behind it; what follows is the answer. A game with a turn that cannot be cut so, or that leaves no
     question or no answer, is refused as "no question". Each question earns -1, the one that found the city 0. A game that was
-    not won ran into its limit of questions: it is truncated.
+    not won ran out of questions, which is a rule of the game and known to its player: it is done, as in LMRL-Gym. The guesser
+    speaks first, and the task is the system message.
 
     Raises:
         UsageError, DataError: see `read_rows`.
@@ -33,7 +37,7 @@ def load_guess_my_city(path: Path | str) -> ReadDialogues:
         turns = _questions(value_of(row, "turns", list, where), won, where)
         word = value_of(row, "word", str, where)
         id = value_of(row, "id", str, where)
-        return dialogue_from(where, turns, id=id, task="guess_my_city", done=won, provenance={"word": word})
+        return dialogue_from(where, turns, id=id, task="guess_my_city", system=_GUESS, provenance={"word": word})
 
     return read_rows(path, game)
 

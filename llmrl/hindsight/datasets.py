@@ -47,11 +47,15 @@ def load(name: str, path: Path | str) -> ReadDialogues:
     return LOADERS[name](path)
 
 
+_PERSUADE = "Talk to a stranger and persuade them to donate to the charity Save the Children."
+
+
 def load_persuasion_for_good(path: Path | str) -> ReadDialogues:
     """Load PersuasionForGood, in the form `{"id", "donation_persuadee", "turns": [{"role", "text"}, ...]}`.
 
     The persuader is the agent. It earns what the persuadee gave, in dollars, between 0 and 2: nobody had more than 2 dollars to
-    give, yet a few rows say 50 or 700, and one of them would outweigh hundreds of dialogues in every mean.
+    give, yet a few rows say 50 or 700, and one of them would outweigh hundreds of dialogues in every mean. It speaks first, and
+    what it is there for is the system message.
 
     Raises:
         UsageError, DataError: see `read_rows`.
@@ -61,7 +65,8 @@ def load_persuasion_for_good(path: Path | str) -> ReadDialogues:
         donation = float(value_of(row, "donation_persuadee", (int, float), where))
         turns = paid(turns_of(row, "persuader", ["persuadee"], where), min(max(donation, 0.0), _MOST_DOLLARS))
         id = value_of(row, "id", str, where)
-        return dialogue_from(where, turns, id=id, task="persuasion_for_good", provenance={"donation": donation})
+        task, provenance = "persuasion_for_good", {"donation": donation}
+        return dialogue_from(where, turns, id=id, task=task, system=_PERSUADE, provenance=provenance)
 
     return read_rows(path, talk)
 

@@ -38,13 +38,16 @@ CHARITY = {
 def test_persuasion_for_good(write):
     read = load_persuasion_for_good(write([CHARITY]))
     (talk,) = read.dialogues
-    assert said(talk) == [
+    (role, task), *spoken = said(talk)
+    assert role == "system"
+    assert "Save the Children" in task
+    assert spoken == [
         ("assistant", "Hello.\nDo you know the charity?"),
         ("user", "No."),
         ("assistant", "Would you give?"),
         ("user", "Fifty cents."),
     ]
-    assert talk.rewards == (0.0, 0.0, 0.5, 0.0)
+    assert talk.rewards == (0.0, 0.0, 0.0, 0.5, 0.0)
     assert (talk.id, talk.task, talk.done) == ("p4g0", "persuasion_for_good", True)
     assert talk.provenance == {"row": "rows.jsonl:1", "joined": 1, "donation": 0.5}
     assert read.refused == []

@@ -12,7 +12,8 @@ def write(tmp_path):
 
 def test_guess_my_city(write):
     won, lost = load_guess_my_city(write([GAME, GAME | {"id": "gmc1", "done": False}])).dialogues
-    assert said(won) == [
+    assert said(won)[0][0] == "system"
+    assert said(won)[1:] == [
         ("assistant", 'I ask: "Is it www.old?q=town, or new?'),
         ("user", 'Which one?" It is old. Is that all?'),
         ("assistant", "Is it hot?"),
@@ -20,16 +21,15 @@ def test_guess_my_city(write):
         ("assistant", "Are you from Madrid?"),
         ("user", "Yes."),
     ]
-    assert won.rewards == (-1.0, 0.0, -1.0, 0.0, 0.0, 0.0)
-    assert (won.done, won.truncated) == (True, False)
-    assert lost.rewards == (-1.0, 0.0, -1.0, 0.0, -1.0, 0.0)
-    assert (lost.done, lost.truncated) == (False, True)
+    assert won.rewards == (0.0, -1.0, 0.0, -1.0, 0.0, 0.0, 0.0)
+    assert lost.rewards == (0.0, -1.0, 0.0, -1.0, 0.0, -1.0, 0.0)
+    assert (won.done, lost.done) == (True, True)  # the limit is a rule of the game
     assert won.provenance == {"row": "rows.jsonl:1", "joined": 0, "word": "madrid,spain"}
 
 
 def test_a_closing_quotation_mark_stays_with_its_question(write):
     (game,) = load_guess_my_city(write([GAME | {"turns": ['He asks "Is it old?" It is.']}])).dialogues
-    assert said(game) == [("assistant", 'He asks "Is it old?"'), ("user", "It is.")]
+    assert said(game)[1:] == [("assistant", 'He asks "Is it old?"'), ("user", "It is.")]
 
 
 @pytest.mark.parametrize(
