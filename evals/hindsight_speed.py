@@ -35,8 +35,8 @@ class SpeedConfig:
 
     output_dir: str | None = option(None, help="where hindsight-speed.json goes")
     vocabulary: int = option(150_000, help="tokens")
-    width: int = option(512, help="of the model")
-    layers: int = option(6, help="of the model")
+    width: int = option(896, help="of the model")
+    layers: int = option(12, help="of the model")
     rank: int = option(64, help="of the value heads")
     length: int = option(256, help="tokens of a dialogue, a half of them the agent's")
     batch: int = option(4, help="dialogues a step")
