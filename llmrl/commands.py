@@ -88,6 +88,16 @@ def _named_action(
     return argv[0], argv[1:], f"{prog} {argv[0]}"
 
 
+def _done(action: Callable[[Any], object], config: Any) -> int:
+    try:
+        action(config)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command begins again") from None
+    return EXIT_DONE
+
+
 _LERET = {
     "explore": "Try search queries in every style, score what they find, write preference pairs and the headroom report.",
     "train": "Explore and train, round after round; goes on with what explore left in the same --output_dir.",
@@ -167,13 +177,7 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
         "eval": evaluation.evaluate,
         "export": export.export,
     }
-    try:
-        actions[action](config)
-    except Interrupted:
-        raise
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command begins again") from None
-    return EXIT_DONE
+    return _done(actions[action], config)
 
 
 _HINDSIGHT = {
@@ -215,13 +219,7 @@ def run_hindsight(argv: list[str], prog: str = "llmrl hindsight", action: str | 
         "fold": fold.fold,
         "logs": evaluation.write_logs,
     }
-    try:
-        actions[action](config)
-    except Interrupted:
-        raise
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command begins again") from None
-    return EXIT_DONE
+    return _done(actions[action], config)
 
 
 def quiet_libraries(quiet: bool) -> None:

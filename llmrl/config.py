@@ -251,3 +251,15 @@ def _scalar(text: str, kind: type, where: str) -> Any:
         return kind(text)
     except ValueError:
         raise ConfigError(f"{where} must be {_NAMES[kind]}, got '{text}'") from None
+
+
+def check_least(config: object, least: dict[str, float]) -> None:
+    """Refuse options below what they can be.
+
+    Raises:
+        UsageError: names the first.
+    """
+    for name, number in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= number:
+            raise UsageError(f"--{name} must be at least {number}, got {value}")

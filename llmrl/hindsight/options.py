@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmrl.config import option
+from llmrl.config import check_least, option
 from llmrl.errors import UsageError
 
 # those of llmrl.hindsight.objective, targets and model, which load torch
@@ -12,18 +12,6 @@ _METHODS = ("ilql", "mc", "bc", "filtered-bc", "awr", "dpo")
 _HEADS = ("auto", "linear", "low_rank", "mlp")
 _TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def check_least(config: object, least: dict[str, float]) -> None:
-    """Refuse options below what they can be.
-
-    Raises:
-        UsageError: names the first.
-    """
-    for name, number in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= number:
-            raise UsageError(f"--{name} must be at least {number}, got {value}")
 
 
 @dataclass

@@ -8,28 +8,13 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from llmrl.errors import DistributedError, UsageError
+from llmrl.errors import UsageError
 from llmrl.hindsight.options import TrainConfig
-from llmrl.training.distributed import world_size
+from llmrl.training.distributed import check_launch, split_batch
 from llmrl.training.reproducible import reproducible_arguments
 
 WARMUP = 0.05  # share of the steps over which the rates rise from 0; after it they fall along a cosine
 _LAST = 0.05  # of the rate, at the end
-
-
-def shares(config: TrainConfig) -> tuple[int, int]:
-    """Return (dialogues a forward on one process, forwards a step).
-
-    Raises:
-        UsageError: the processes cannot share a batch evenly.
-    """
-    processes = world_size()
-    if config.batch_size % processes:
-        raise UsageError(f"--batch_size {config.batch_size} cannot be shared by {processes} processes: use a multiple")
-    own = config.batch_size // processes
-    most = config.micro_batch_size or own
-    forwards = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= most)
-    return own // forwards, forwards
 
 
 def learning_rates(config: TrainConfig, parameters: int) -> tuple[float, float]:
@@ -67,7 +52,7 @@ def training_arguments(config: TrainConfig, work_dir: Path, rows: int, learning_
         UsageError: a batch larger than the data.
         DistributedError: processes that would each train alone, or one that would split batches over several GPUs.
     """
-    size, forwards = shares(config)
+    size, forwards = split_batch(config.batch_size, config.micro_batch_size)
     steps = steps_of(config, rows)
     bfloat16 = config.dtype == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
@@ -94,12 +79,5 @@ def training_arguments(config: TrainConfig, work_dir: Path, rows: int, learning_
             use_cpu=not torch.accelerator.is_available(),  # without it accelerate starts no process group on a CPU
         )
     )
-    if arguments.world_size != world_size():
-        raise DistributedError(
-            f"{world_size()} processes were started and each would train alone: start them with torchrun or accelerate launch"
-        )
-    if arguments.n_gpu > 1:
-        raise DistributedError(
-            f"one process sees {arguments.n_gpu} GPUs: start one a GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0"
-        )
+    check_launch(arguments)
     return arguments

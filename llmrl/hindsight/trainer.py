@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from llmrl.hindsight.objective import Objective, sums_of
 from llmrl.hindsight.preferences import pair_losses
-from llmrl.training.batches import WholeBatches
-from llmrl.training.checkpoint import SafeCheckpoints
-from llmrl.training.resume import compare_runs
-
-WEIGHTS = "model.safetensors"  # as Trainer calls it
+from llmrl.training.trained_state import TrainedStateTrainer
 
 
-class DialogueTrainer(SafeCheckpoints):
+class DialogueTrainer(TrainedStateTrainer):
     """Trainer of a `DialogueModel` on batches of `DialogueCollator`.
 
     Args:
@@ -33,7 +26,7 @@ class DialogueTrainer(SafeCheckpoints):
 
     optimizer: torch.optim.Optimizer | None
     loss_is_scaled_for_ga = True
-    checkpoint_attributes = (*SafeCheckpoints.checkpoint_attributes, "_sums")
+    checkpoint_attributes = (*TrainedStateTrainer.checkpoint_attributes, "_sums")
 
     def __init__(
         self,
@@ -51,11 +44,6 @@ class DialogueTrainer(SafeCheckpoints):
         self.tokens, self.states = tokens, states
         self._sums: dict[str, Tensor] | None = None
         self.add_callback(_MoveTarget(self.model, polyak))
-
-    @property
-    def dialogues_a_step(self) -> int:
-        """Of all processes and forwards."""
-        return self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return AdamW without decay, with a rate for the trunks and one for the heads."""
@@ -75,11 +63,11 @@ class DialogueTrainer(SafeCheckpoints):
         if self.objective.method == "dpo":
             losses, watched = pair_losses(model, self.model, inputs, self.objective.dpo_beta)
             self._add(watched)
-            return losses.sum() * self.args.world_size / self.dialogues_a_step
+            return losses.sum() * self.args.world_size / self.rows_a_step
         found = sums_of(model, self.model, inputs, self.objective)
         self._add({**found.watched, "q_loss": found.q, "v_loss": found.v, "cql_loss": found.cql})
         # DDP averages gradients over processes: so their number stands above, and that of dialogues is of all of them
-        share = self.args.world_size / self.dialogues_a_step
+        share = self.args.world_size / self.rows_a_step
         values = found.q / self.tokens + found.v / self.states + self.objective.cql * found.cql / self.tokens
         return share * (found.policy / self.tokens + self.objective.value_weight * values)
 
@@ -97,19 +85,6 @@ class DialogueTrainer(SafeCheckpoints):
             logs = {**logs, **_means(dict(zip(names, total.tolist(), strict=True)))}
             self._sums = None
         super().log(logs, start_time)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return WholeBatches(len(train_dataset or self.train_dataset), self.dialogues_a_step, self.args.data_seed)
-
-    def _facts(self) -> dict[str, Any]:
-        return {**super()._facts(), **self.run_facts}
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=self.model.trained_state())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        compare_runs(resume_from_checkpoint, self.run_facts)  # before tensors of another shape are met
-        self.model.load_trained_state(load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
 
 class _MoveTarget(TrainerCallback):

@@ -18,13 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 
 from llmrl.base_model import bare_model
 from llmrl.errors import CheckpointError
@@ -32,11 +29,7 @@ from llmrl.heads_forward import decoder_of, states_of
 from llmrl.hyre.fit import Pairs, TrainedHeads, row_losses
 from llmrl.hyre.metrics import disagreement
 from llmrl.reward_heads import RewardHead
-from llmrl.training.batches import WholeBatches
-from llmrl.training.checkpoint import SafeCheckpoints
-from llmrl.training.resume import compare_runs
-
-WEIGHTS = "model.safetensors"  # as Trainer calls it
+from llmrl.training.trained_state import TrainedStateTrainer
 
 
 class EnsembleRewardModel(nn.Module):
@@ -203,7 +196,7 @@ class RewardPairCollator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "weights": weights, "margin": margin}
 
 
-class EnsembleTrainer(SafeCheckpoints):
+class EnsembleTrainer(TrainedStateTrainer):
     """Trainer of an EnsembleRewardModel on batches of RewardPairCollator.
 
     Args:
@@ -214,7 +207,7 @@ class EnsembleTrainer(SafeCheckpoints):
 
     optimizer: torch.optim.Optimizer | None
     loss_is_scaled_for_ga = True
-    checkpoint_attributes = (*SafeCheckpoints.checkpoint_attributes, "_sums")
+    checkpoint_attributes = (*TrainedStateTrainer.checkpoint_attributes, "_sums")
 
     def __init__(
         self, *args: Any, objective: Objective, heads_lr: float, run_facts: dict[str, Any] | None = None, **kwargs: Any
@@ -224,11 +217,6 @@ class EnsembleTrainer(SafeCheckpoints):
         # pairs do not see the bias: its gradient is rounding, of which Adam makes whole steps
         self.model.heads.bias.requires_grad_(objective.center > 0)
         self._sums: Tensor | None = None  # of each head: rows, loss, right ones; then disagreement and pairs
-
-    @property
-    def pairs_a_step(self) -> int:
-        """B, over all processes and forwards."""
-        return self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return AdamW with a learning rate for the backbone and one for the heads; what decays is in the loss."""
@@ -249,7 +237,7 @@ class EnsembleTrainer(SafeCheckpoints):
         losses = self.objective.losses(chosen, rejected, inputs["margin"])
         self._count(chosen - rejected, losses, inputs["weights"])
         # DDP averages gradients over processes: so their number stands above, and that of pairs is of all of them
-        share = self.args.world_size / self.pairs_a_step
+        share = self.args.world_size / self.rows_a_step
         penalty = self.objective.penalty(self.model.heads) / self.args.gradient_accumulation_steps
         return share * (losses * inputs["weights"]).sum() + penalty
 
@@ -272,19 +260,6 @@ class EnsembleTrainer(SafeCheckpoints):
             logs = {**logs, **_head_metrics(total)}
             self._sums = None
         super().log(logs, start_time)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return WholeBatches(len(train_dataset or self.train_dataset), self.pairs_a_step, self.args.data_seed)
-
-    def _facts(self) -> dict[str, Any]:
-        return {**super()._facts(), **self.run_facts}
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict=self.model.trained_state())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        compare_runs(resume_from_checkpoint, self.run_facts)  # before tensors of another shape are met
-        self.model.load_trained_state(load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
 
 def _head_metrics(sums: Tensor) -> dict[str, float]:

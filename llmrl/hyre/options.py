@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmrl.config import option
+from llmrl.config import check_least, option
 from llmrl.errors import UsageError
 
 _RECIPES = ("auto", "group", "em", "mixture", "cluster", "subset", "bootstrap", "none")
 _PAIRS = "JSONL files with prompt, chosen, rejected"
-
-
-def _check(config: object, least: dict[str, float]) -> None:
-    for name, number in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= number:
-            raise UsageError(f"--{name} must be at least {number}, got {value}")
 
 
 @dataclass
@@ -65,7 +58,7 @@ class TrainConfig:
     quiet: bool = option(False, help="print errors only")
 
     def __post_init__(self) -> None:
-        _check(
+        check_least(
             self,
             {"heads": 1, "hidden": 1, "steps": 1, "batch_size": 1, "seed": 0, "prior_scale": 0, "center": 0, "l2": 0},
         )
@@ -95,7 +88,7 @@ class AdaptConfig:
     quiet: bool = option(False, help="print errors only")
 
     def __post_init__(self) -> None:
-        _check(self, {"beta": 0})
+        check_least(self, {"beta": 0})
         if not 0 < self.l2 < float("inf") or self.beta == float("inf"):
             raise UsageError(f"expected finite --l2 above 0 and --beta of at least 0, got {self.l2} and {self.beta}")
 
@@ -133,7 +126,7 @@ class EvalConfig:
     quiet: bool = option(False, help="print errors only")
 
     def __post_init__(self) -> None:
-        _check(self, {"draws": 2, "bootstrap_draws": 100, "seed": 0})
+        check_least(self, {"draws": 2, "bootstrap_draws": 100, "seed": 0})
         if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
             raise UsageError(f"--sizes must be different numbers from 1 on, got {self.sizes}")
         self.sizes = sorted(self.sizes)

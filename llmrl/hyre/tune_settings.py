@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from llmrl.errors import DistributedError, UsageError
+from llmrl.errors import UsageError
 from llmrl.hyre.options import TrainConfig
-from llmrl.training.distributed import world_size
+from llmrl.training.distributed import check_launch, split_batch
 from llmrl.training.reproducible import reproducible_arguments
 
 TUNINGS = ("lora", "full")
@@ -77,15 +77,7 @@ class BackboneSettings:
         Raises:
             UsageError: the processes cannot share a batch evenly.
         """
-        processes = world_size()
-        if self.batch_size % processes:
-            raise UsageError(
-                f"--batch_size {self.batch_size} cannot be shared by {processes} processes: use a multiple"
-            )
-        own = self.batch_size // processes
-        most = self.micro_batch_size or own
-        forwards = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= most)
-        return own // forwards, forwards
+        return split_batch(self.batch_size, self.micro_batch_size)
 
     def steps(self, pairs: int) -> int:
         """Return the number of steps of a run over so many pairs.
@@ -148,12 +140,5 @@ def training_arguments(work_dir: Path, settings: BackboneSettings, pairs: int, h
             use_cpu=not torch.accelerator.is_available(),  # without it accelerate starts no process group on a CPU
         )
     )
-    if arguments.world_size != world_size():
-        raise DistributedError(
-            f"{world_size()} processes were started and each would train alone: start them with torchrun or accelerate launch"
-        )
-    if arguments.n_gpu > 1:
-        raise DistributedError(
-            f"one process sees {arguments.n_gpu} GPUs: start one a GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0"
-        )
+    check_launch(arguments)
     return arguments

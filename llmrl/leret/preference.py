@@ -37,7 +37,6 @@ from llmrl.leret.reference import REFERENCES, reference_logps
 from llmrl.leret.stage import (
     Stage,
     TrainResult,
-    check_launch,
     choose_rows,
     model_card,
     prepare_stage,
@@ -46,7 +45,7 @@ from llmrl.leret.stage import (
 )
 from llmrl.leret.train_settings import TrainSettings, training_arguments
 from llmrl.training.checkpoint import SafeCheckpoints
-from llmrl.training.distributed import is_main_process
+from llmrl.training.distributed import check_launch, is_main_process
 
 LOSSES = ("ipo", "dpo")
 # more than this for one token is a beta that belongs to the other reduction, not a wish

@@ -15,7 +15,6 @@ from llmrl.leret.preference_data import SftRow, fingerprint_rows, read_sft_rows
 from llmrl.leret.stage import (
     Stage,
     TrainResult,
-    check_launch,
     choose_rows,
     model_card,
     prepare_stage,
@@ -23,6 +22,7 @@ from llmrl.leret.stage import (
     silence,
 )
 from llmrl.leret.train_settings import TrainSettings, training_arguments
+from llmrl.training.distributed import check_launch
 
 
 def train_sft(

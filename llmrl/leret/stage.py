@@ -124,22 +124,6 @@ def model_card(
     return {"title": title, "base_model": base, "summary": summary, "body": body, "tags": tags}
 
 
-def check_launch(arguments: Any) -> None:
-    """Refuse processes that would each train alone, and one that would split batches over several GPUs.
-
-    Raises:
-        DistributedError: names what to start.
-    """
-    if arguments.world_size != world_size():
-        raise DistributedError(
-            f"{world_size()} processes were started and each would train alone: start them with torchrun or accelerate launch"
-        )
-    if arguments.n_gpu > 1:
-        raise DistributedError(
-            f"one process sees {arguments.n_gpu} GPUs: start one a GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
-        )
-
-
 def prepare_stage(output_dir: Path | str, settings: TrainSettings, resume: str | bool | None) -> Path:
     """Check folder, tracker and processes before anything is loaded; return the folder.
 

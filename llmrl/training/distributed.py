@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from llmrl.errors import DistributedError
+from llmrl.errors import DistributedError, UsageError
 
 
 def world_size() -> int:
@@ -57,6 +57,45 @@ def check_processes(expected: int | None = None, *, announce: bool = True) -> in
     if announce and is_main_process():
         print(f"processes: {actual} ({_backend(actual)}rank 0 on {_device()})", flush=True)
     return actual
+
+
+def check_launch(arguments: Any) -> None:
+    """Refuse processes that would each train alone, and one that would split batches over several GPUs.
+
+    Args:
+        arguments: transformers' TrainingArguments.
+
+    Raises:
+        DistributedError: names what to start.
+    """
+    if arguments.world_size != world_size():
+        raise DistributedError(
+            f"{world_size()} processes were started and each would train alone: start them with torchrun or accelerate launch"
+        )
+    if arguments.n_gpu > 1:
+        raise DistributedError(
+            f"one process sees {arguments.n_gpu} GPUs: start one a GPU with torchrun or accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def split_batch(batch_size: int, micro_batch_size: int | None) -> tuple[int, int]:
+    """Return (rows a forward on one process, forwards a step) of a global batch.
+
+    Args:
+        batch_size: rows a step over all processes.
+        micro_batch_size: most rows in memory at once on a process; None: its whole share of a step.
+
+    Raises:
+        UsageError: the processes cannot share the batch evenly.
+    """
+    processes = world_size()
+    if batch_size % processes:
+        raise UsageError(f"--batch_size {batch_size} cannot be shared by {processes} processes: use a multiple")
+    own = batch_size // processes
+    most = micro_batch_size or own
+    forwards = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= most)
+    return own // forwards, forwards
 
 
 def join_processes(*, patience: timedelta | None = None) -> None:

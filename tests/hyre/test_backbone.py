@@ -15,7 +15,6 @@ from llmrl.hyre.backbone import (
     EnsembleTrainer,
     Objective,
     RewardPairCollator,
-    WholeBatches,
     head_scores,
     make_trainable,
     unfold,
@@ -24,6 +23,7 @@ from llmrl.hyre.diversity import HeadPlan, plan_heads
 from llmrl.hyre.features import last_states
 from llmrl.hyre.fit import FitSettings, HeadShape, Pairs, TrainedHeads, feature_scale, fit_heads
 from llmrl.hyre.metrics import disagreement
+from llmrl.training.batches import WholeBatches
 
 SHAPES = [
     HeadShape("linear"),

@@ -21,7 +21,7 @@ from llmrl.errors import (
     OutputError,
     UsageError,
 )
-from llmrl.hyre import tune, tune_settings, tuned_folder
+from llmrl.hyre import tune, tuned_folder
 from llmrl.hyre.backbone import (
     EnsembleRewardModel,
     EnsembleTrainer,
@@ -35,7 +35,7 @@ from llmrl.hyre.options import TrainConfig
 from llmrl.hyre.pairs import read_pairs
 from llmrl.hyre.train import train, weights_dtype
 from llmrl.hyre.tune_settings import BackboneSettings
-from llmrl.training import read_metrics
+from llmrl.training import distributed, read_metrics
 from llmrl.training.resume import seal_checkpoint
 
 
@@ -328,9 +328,9 @@ def test_settings_share_a_batch_and_count_steps(monkeypatch):
     settings = BackboneSettings(batch_size=10, micro_batch_size=4, epochs=1.5)
     assert settings.share() == (2, 5)  # ten are not three times four
     assert settings.steps(39) == 5
-    monkeypatch.setattr(tune_settings, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     assert settings.share() == (1, 5)
-    monkeypatch.setattr(tune_settings, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(UsageError, match="--batch_size 10 cannot be shared by 3 processes"):
         settings.share()
 
