@@ -27,9 +27,10 @@ class DialogueCollator:
     """Collates examples of `examples_of`.
 
     Args:
-        packing: put all dialogues of the batch into one row, told apart by positions that begin again; else one row each,
-            padded on the right. The backbone must know packed rows (`flash_attention_2`, `sdpa` and `eager` of transformers
-            do, where the model builds its mask by `create_causal_mask`).
+        packing: put all dialogues of the batch into one row, told apart by positions that begin again; else one row each (two,
+            where a window gives the next state a context of its own), padded on the right. The backbone must know packed
+            rows (`flash_attention_2`, `sdpa` and `eager` of transformers do, where the model builds its mask by
+            `create_causal_mask`).
     """
 
     def __init__(self, *, packing: bool = False) -> None:
@@ -40,41 +41,50 @@ class DialogueCollator:
 
         Positions count through the flattened `[B * T]`; `next_position` is -1 where nothing comes after.
         """
-        lengths = [len(example["input_ids"]) for example in examples]
+        ids = [t for example in examples for t in example["input_ids"]]
+        lengths = [n for example in examples for n in example["lengths"]]
         if self.packing:
-            starts = [sum(lengths[:i]) for i in range(len(lengths))]
+            place = list(range(len(ids)))
             batch = {
-                "input_ids": torch.tensor([[t for example in examples for t in example["input_ids"]]]),
+                "input_ids": torch.tensor([ids]),
                 "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
             }
         else:
             longest = max(lengths)
-            starts = [i * longest for i in range(len(lengths))]
-            batch = {
-                "input_ids": torch.zeros(len(examples), longest, dtype=torch.long),  # the mask hides what pads
-                "attention_mask": torch.zeros(len(examples), longest, dtype=torch.long),
-            }
-            for i, example in enumerate(examples):
-                batch["input_ids"][i, : lengths[i]] = torch.tensor(example["input_ids"])
-                batch["attention_mask"][i, : lengths[i]] = 1
-        return batch | _actions(examples, starts)
+            place = [i * longest + t for i, n in enumerate(lengths) for t in range(n)]
+            rows = torch.zeros(2, len(lengths) * longest, dtype=torch.long)  # the mask hides what pads
+            rows[:, place] = torch.stack([torch.tensor(ids), torch.ones(len(ids), dtype=torch.long)])
+            batch = dict(zip(("input_ids", "attention_mask"), rows.unflatten(1, (len(lengths), longest)), strict=True))
+        return batch | _actions(examples, place)
 
 
-def _actions(examples: Sequence[dict[str, Any]], starts: Sequence[int]) -> dict[str, Tensor]:
+def _actions(examples: Sequence[dict[str, Any]], place: Sequence[int]) -> dict[str, Tensor]:
+    """Return the columns; `place` says where a token of the examples, one after another, stands in the batch."""
     columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    for example, start in zip(examples, starts, strict=True):
+    start = 0
+    for example in examples:
         back: Backup = example["backup"]
         before = len(columns["position"])
-        columns["position"] += [start + p for p in back.position]
+        columns["position"] += [place[start + p] for p in back.position]
         columns["token"] += [example["input_ids"][p + 1] for p in back.position]
-        columns["next_position"] += [NO_STATE if p == NO_STATE else start + p for p in back.next_position]
-        columns["value_position"] += [start + p for p in back.value_position]
+        columns["next_position"] += [NO_STATE if p == NO_STATE else place[start + p] for p in back.next_position]
+        columns["value_position"] += [place[start + p] for p in back.value_position]
         columns["value_action"] += [before + i for i in back.value_action]
         for name in ("reward", "discount", "to_go"):
             columns[name] += getattr(back, name)
+        start += len(example["input_ids"])
     return {name: torch.tensor(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
 
 
-def examples_of(rows: Sequence[Encoded], kind: str, discount: float, unit: str) -> list[dict[str, Any]]:
-    """Return the data set that a trainer deals out: ids and backup of each dialogue."""
-    return [{"input_ids": row.input_ids, "backup": row.backup(kind, discount, unit)} for row in rows]
+def examples_of(
+    rows: Sequence[Encoded], kind: str, discount: float, unit: str, scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return the data set that a trainer deals out: ids, the lengths of what is read apart, and the backup of each row.
+
+    `scale` is what rewards are multiplied by.
+    """
+    backups = [row.backup(kind, discount, unit).scaled(scale) for row in rows]
+    return [
+        {"input_ids": row.input_ids, "lengths": row.lengths, "backup": back}
+        for row, back in zip(rows, backups, strict=True)
+    ]

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
+
+from tqdm import tqdm
 
 from llmrl.errors import DataError
 from llmrl.hindsight.dialogues import AGENT, Dialogue
-from llmrl.hindsight.targets import Backup, Span, backup
+from llmrl.hindsight.targets import Backup, Span, backup, turn_steps, turns_to_go
 from llmrl.rollout.logged import encode_messages
 from llmrl.types import Turn
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One dialogue by its token ids.
+    """One dialogue by its token ids, or, where the agent reads a window, a part of one.
+
+    A part holds one turn of the agent, or several that read one growing context, and behind it what the agent reads before its
+    next turn: a context of its own, whose last state is bootstrapped from.
 
     Attributes:
         id: of the dialogue.
-        input_ids: all of it.
+        input_ids: all of it; of a part both contexts, one after the other.
         spans: the agent's turns in it, the token that ends each included.
-        done: see `Dialogue`.
-        total: sum of the rewards.
+        done: nothing comes after; see `Dialogue`.
+        total: sum of the dialogue's rewards.
+        lengths: of the contexts, each read apart; one of a whole dialogue.
+        turns: all turns of the dialogue, where it is a part: their rewards and lengths are what is to go.
+        first: number of the first span in `turns`.
     """
 
     id: str
@@ -31,15 +40,19 @@ class Encoded:
     spans: tuple[Span, ...]
     done: bool
     total: float
+    lengths: tuple[int, ...] = ()
+    turns: tuple[Span, ...] = ()
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", self.lengths or (len(self.input_ids),))
 
     def backup(self, kind: str, discount: float, unit: str) -> Backup:
         """Return what its actions learn from, see `llmrl.hindsight.targets.backup`."""
-        return backup(self.spans, last=len(self.input_ids) - 1, done=self.done, kind=kind, discount=discount, unit=unit)
-
-    def scaled(self, factor: float) -> Encoded:
-        """Return it with all rewards times a number."""
-        spans = tuple(replace(span, reward=factor * span.reward) for span in self.spans)
-        return replace(self, spans=spans, total=factor * self.total)
+        last, later = len(self.input_ids) - 1, 0.0
+        if rest := self.turns[self.first + len(self.spans) :]:
+            later = discount ** turn_steps(rest[0], unit) * turns_to_go(rest, discount, unit)[0]
+        return backup(self.spans, last=last, done=self.done, kind=kind, discount=discount, unit=unit, later=later)
 
 
 def encode_dialogue(tokenizer: Any, dialogue: Dialogue) -> Encoded:
@@ -49,25 +62,55 @@ def encode_dialogue(tokenizer: Any, dialogue: Dialogue) -> Encoded:
         DataError: the tokenizer or its template cannot write it, see `llmrl.rollout.logged`.
         ModelError: there is no template, or one without an end of turns.
     """
+    ids, spans = _segment(_turns(tokenizer, dialogue, None))
+    return Encoded(dialogue.id, ids, spans, dialogue.done, dialogue.total)
+
+
+def encode_parts(tokenizer: Any, dialogue: Dialogue, window: int) -> list[Encoded]:
+    """Return a dialogue as the parts that an agent reads whose window holds so many exchanges, see `Conversation`.
+
+    Raises:
+        DataError, ModelError: see `encode_dialogue`.
+    """
+    segments = [list(turns) for _, turns in groupby(_turns(tokenizer, dialogue, window), lambda pair: pair[0].segment)]
+    read = [_segment(turns) for turns in segments]
+    turns = tuple(span for _, spans in read for span in spans)
+    parts, first = [], 0
+    for (ids, spans), after in zip(read, [*read[1:], ((), ())], strict=True):
+        if not spans:  # what the world said last, behind the last turn of all
+            continue
+        ahead = after[0][: after[1][0].start] if after[1] else () if dialogue.done else after[0]
+        lengths = (len(ids), len(ahead)) if ahead else (len(ids),)
+        ends = dialogue.done and first + len(spans) == len(turns)
+        parts.append(Encoded(dialogue.id, ids + ahead, spans, ends, dialogue.total, lengths, turns, first))
+        first += len(spans)
+    return parts
+
+
+_Logged = tuple[Turn, float]
+
+
+def _turns(tokenizer: Any, dialogue: Dialogue, window: int | None) -> list[_Logged]:
     try:
-        turns = encode_messages(tokenizer, dialogue.messages, open_end=dialogue.truncated)
+        turns = encode_messages(tokenizer, dialogue.messages, open_end=dialogue.truncated, window=window)
     except DataError as error:
         raise DataError(f"dialogue {dialogue.id}: {error}") from None
-    spans, start = [], 0
-    for turn, reward in zip(turns, dialogue.rewards, strict=True):
-        stop = start + len(turn.token_ids)
+    return list(zip(turns, dialogue.rewards, strict=True))
+
+
+def _segment(turns: Sequence[_Logged]) -> tuple[tuple[int, ...], tuple[Span, ...]]:
+    """Return the ids that the turns of one segment make together, and the agent's turns in them."""
+    ids: tuple[int, ...] = ()
+    spans = []
+    for turn, reward in turns:
+        start, ids = len(ids), ids + turn.token_ids
         if turn.message.role == AGENT:
-            spans.append(Span(start, stop, reward))
-        start = stop
-    return Encoded(dialogue.id, _ids(turns), tuple(spans), dialogue.done, dialogue.total)
-
-
-def _ids(turns: Sequence[Turn]) -> tuple[int, ...]:
-    return tuple(token for turn in turns for token in turn.token_ids)
+            spans.append(Span(start, len(ids), reward))
+    return ids, tuple(spans)
 
 
 def encode_dialogues(
-    tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int
+    tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int, window: int | None = None, *, progress: bool = False
 ) -> tuple[list[Encoded], list[tuple[str, str]]]:
     """Return the dialogues that a model can read, and (id, why) of those it cannot; none is cut.
 
@@ -75,22 +118,25 @@ def encode_dialogues(
         tokenizer: with a chat template.
         dialogues: as read.
         max_length: the longest row in tokens.
+        window: exchanges that the agent reads; None is the whole dialogue, one row each, else see `encode_parts`.
+        progress: show a bar.
 
     Raises:
         DataError: none is left.
         ModelError: see `encode_dialogue`.
     """
-    kept, refused = [], []
-    for dialogue in dialogues:
+    kept: list[Encoded] = []
+    refused = []
+    for dialogue in tqdm(dialogues, desc="dialogues", unit="dialogue", disable=not progress, dynamic_ncols=True):
         try:
-            row = encode_dialogue(tokenizer, dialogue)
+            rows = encode_parts(tokenizer, dialogue, window) if window else [encode_dialogue(tokenizer, dialogue)]
         except DataError as error:
             refused.append((dialogue.id, str(error)))
             continue
-        if len(row.input_ids) > max_length:
-            refused.append((row.id, f"longer than {max_length} tokens"))
+        if max(length for row in rows for length in row.lengths) > max_length:
+            refused.append((dialogue.id, f"longer than {max_length} tokens"))
         else:
-            kept.append(row)
+            kept += rows
     if not kept:
         raise DataError(f"no dialogue can be read by this model: {refusals(refused)}")
     return kept, refused

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +16,13 @@ from llmrl.config import to_flat
 from llmrl.errors import DataError, OutputError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
 from llmrl.hindsight.dialogues import Dialogue
-from llmrl.hindsight.envs import charity, maze, twenty_questions
+from llmrl.hindsight.envs import charity, charity_users, maze, twenty_questions
 from llmrl.hindsight.options import EvalConfig, LogsConfig
 from llmrl.hindsight.policy import load_policy, open_policy, value_config
+from llmrl.hindsight.policy_folder import window_of
 from llmrl.hindsight.rerank import RerankEngine
 from llmrl.hindsight.small_model import make_small_model
+from llmrl.hindsight.users import open_user, user_side
 from llmrl.intervals import draw_means, interval
 from llmrl.jsonl import write_objects
 from llmrl.rollout.episodes import run_episodes
@@ -69,8 +73,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     environment = ENVIRONMENTS[config.env]
     rows = environment.rows(config.variant)
     sampling = SamplingConfig(temperature=0.0 if config.greedy else config.temperature, max_tokens=environment.tokens)
+    window = window_of(config.policy) if config.window is None else config.window
     options = {} if config.dtype == "auto" else {"dtype": config.dtype}
     with (
+        _world(config, environment) as environment,
         open_policy(
             config.policy,
             beta=config.beta,
@@ -94,6 +100,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             sampling,
             staging / "episodes",
             seed=config.seed,
+            window=window,
             progress=not config.quiet,
         )
         report = report_of(episodes, environment) | {
@@ -104,6 +111,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             "support": config.support,
             "greedy": config.greedy,
             "rerank": config.rerank,
+            "window": window,
+            "user": config.user,
             "seed": config.seed,
         }
         write_json(staging / "report.json", report)
@@ -133,6 +142,8 @@ def write_logs(config: LogsConfig) -> list[Dialogue]:
     module = ENVIRONMENTS[config.env].module
     options = {} if config.variant is None or config.env != "charity" else {"words": config.variant}
     dialogues: list[Dialogue] = module.logs(config.count, config.seed, **options)
+    if config.side == "user":
+        dialogues = [user_side(one, charity_users.persona(one.provenance["row"]["type"])) for one in dialogues]
     if folder is not None:
         longest = 4 * sum(len(m.content.split()) + 2 for m in max(dialogues, key=lambda d: len(d.messages)).messages)
         make_small_model(
@@ -148,6 +159,17 @@ def write_logs(config: LogsConfig) -> list[Dialogue]:
     return dialogues
 
 
+@contextmanager
+def _world(config: EvalConfig, environment: Environment) -> Iterator[Environment]:
+    """Give the environment the user that was asked for."""
+    if config.user is None:
+        yield environment
+        return
+    with open_user(config.user, config.user_model, config.user_key_env, environment.tokens) as chat:
+        make = partial(charity_users.CharityTalk, chat=chat, told=config.user_model is not None)
+        yield replace(environment, make=make)
+
+
 def play(
     engine: Engine,
     environment: Environment,
@@ -157,9 +179,12 @@ def play(
     folder: Path,
     *,
     seed: int,
+    window: int | None = None,
     progress: bool = False,
 ) -> list[Episode]:
     """Play `count` episodes, the rows in turn, and return them in order; the luck of an episode is that of (seed, row, number).
+
+    `window`: exchanges that the policy reads, see `run_episodes`.
 
     Raises:
         DataError: an episode failed.
@@ -173,6 +198,7 @@ def play(
         output=folder,
         seed=seed,
         max_turns=environment.turns,
+        window=window,
         progress=progress,
     )
     stored = read_shards(folder)

@@ -25,7 +25,7 @@ from llmrl.hindsight.encode import Encoded, encode_dialogues
 from llmrl.hindsight.model import DialogueModel
 from llmrl.hindsight.options import FoldConfig
 from llmrl.hindsight.policy import load_policy, value_config
-from llmrl.hindsight.policy_folder import HEAD_NAME, VALUES
+from llmrl.hindsight.policy_folder import HEAD_NAME, READS, VALUES, window_of
 from llmrl.training.run import write_model_card, write_run_files
 from llmrl.value_heads import ValueHead, fold_values, steer
 
@@ -68,7 +68,8 @@ def fold(config: FoldConfig) -> Loss:
     beta = spec.beta if config.beta is None else config.beta
     head = load_policy(config.policy, dtype="float32", device="cpu").llmrl_heads[HEAD_NAME]
     base = load_base(config.policy, device="cpu", without_heads=True)
-    rows, _ = encode_dialogues(base.tokenizer, read_dialogues(config.data).dialogues, 1 << 20)
+    window = window_of(config.policy)
+    rows, _ = encode_dialogues(base.tokenizer, read_dialogues(config.data).dialogues, 1 << 20, window)
     lost = measure(base.model, head, beta, spec.support, rows)
     if not config.quiet:
         print(
@@ -86,6 +87,8 @@ def fold(config: FoldConfig) -> Loss:
         )
     with staging_folder(folder) as staging:
         write_folded(base, head, beta, staging)
+        if window is not None:
+            write_json(staging / READS, {"window": window})
         write_json(staging / "report.json", {"beta": beta, **asdict(lost)})
         write_run_files(staging, to_flat(config))
         _card(staging, config, beta, lost)

@@ -48,6 +48,11 @@ class TrainConfig:
     max_steps: int | None = option(None, help="steps, in place of --epochs")
     batch_size: int = option(16, help="dialogues a step, over all processes")
     micro_batch_size: int | None = option(None, help="most dialogues in memory at once on a process")
+    window: int | None = option(
+        None,
+        help="exchanges that the policy reads, the last ones, in training and when it is played; each turn is then an "
+        "example of its own, and --batch_size counts turns (default: the whole dialogue)",
+    )
     packing: bool = option(False, help="put the dialogues of a batch into one row instead of padding them")
     max_length: int | None = option(None, help="longest dialogue in tokens; longer ones are kept aside")
     save_steps: int = option(200, help="steps between checkpoints")
@@ -63,7 +68,7 @@ class TrainConfig:
             self,
             {
                 **dict.fromkeys(
-                    ("lora_r", "head_size", "batch_size", "micro_batch_size", "max_steps", "save_steps"), 1
+                    ("lora_r", "head_size", "window", "batch_size", "micro_batch_size", "max_steps", "save_steps"), 1
                 ),
                 **dict.fromkeys(("cql", "value_weight", "beta", "seed"), 0),
                 "max_length": 2,
@@ -99,9 +104,16 @@ class EvalConfig:
         help="sample this many turns and say the one of the highest value (with --beta 0: from the behaviour policy)",
     )
     rerank_by: str = option("turn", choices=("turn", "token"), help="--backup of the training")
+    window: int | None = option(None, help="see train (default: what the folder says)")
     greedy: bool = option(False, help="take the likeliest token")
     temperature: float = option(1.0, help="of sampling, on top of beta")
     variant: str | None = option(None, help="short or long: the words of charity, the observations of maze")
+    user: str | None = option(
+        None,
+        help="of charity: who is talked to, a folder of a model trained on `logs --side user`, or an endpoint's URL",
+    )
+    user_model: str | None = option(None, help="name of the model at that URL")
+    user_key_env: str | None = option(None, help="environment variable with the key of that URL")
     rollout_backend: str = option("transformers", choices=("auto", "transformers", "vllm", "server"), help="the engine")
     server_url: list[str] = option([], help="vLLM servers by URL, for the server backend")
     dtype: str = option("auto", choices=_DTYPES, help="auto is float32 on a CPU, else as stored")
@@ -110,7 +122,11 @@ class EvalConfig:
     quiet: bool = option(False, help="print errors only")
 
     def __post_init__(self) -> None:
-        check_least(self, {"episodes": 1, "beta": 0, "seed": 0, "rerank": 2})
+        check_least(self, {"episodes": 1, "beta": 0, "seed": 0, "rerank": 2, "window": 1})
+        if self.user is None and (self.user_model or self.user_key_env):
+            raise UsageError("--user_model and --user_key_env go with --user URL")
+        if self.user is not None and self.env != "charity":
+            raise UsageError(f"--user plays the other side of charity; the world of {self.env} is a script")
         if self.rerank is not None and self.greedy:
             raise UsageError("--rerank chooses among samples, which --greedy has one of")
         if self.support is not None and not 0 <= self.support <= 1:
@@ -129,6 +145,11 @@ class LogsConfig:
     output: str = option(help="JSONL file of dialogues to write")
     count: int = option(1000, help="dialogues")
     variant: str | None = option(None, help="short or long words of charity")
+    side: str = option(
+        "agent",
+        choices=("agent", "user"),
+        help="of charity: whose turns are learnt; user, to train a simulated one by bc",
+    )
     model_dir: str | None = option(None, help="also write a small model of random weights that knows the words")
     layers: int = option(2, help="of that model")
     width: int = option(64, help="of that model")
@@ -138,6 +159,8 @@ class LogsConfig:
 
     def __post_init__(self) -> None:
         check_least(self, {"count": 1, "layers": 1, "width": 8, "seed": 0})
+        if self.side == "user" and self.env != "charity":
+            raise UsageError(f"--side user is of charity; the world of {self.env} is a script")
         if not self.output.endswith((".jsonl", ".jsonl.gz")):
             raise UsageError(f"--output {self.output}: expected a name that ends in .jsonl or .jsonl.gz")
 

@@ -4,6 +4,8 @@
     ilql, mc, shared trunk       a folder of llmrl: the trained model and its value head, whose Q moves the logits by beta
     ilql, mc, separate trunk     a plain checkpoint of the policy, and in `values/` such a folder of the other trunk
 
+`dialogue.json` says how much of a dialogue the policy reads, where that is not all of it.
+
 Q and V are stored in the units of the rewards, whatever they were scaled by in training. A folder gets its name after it was
 opened again and gave the logits that the model gave before it was written.
 """
@@ -11,6 +13,7 @@ opened again and gave the logits that the model gave before it was written.
 from __future__ import annotations
 
 import gc
+import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +24,14 @@ from torch import Tensor, nn
 
 from llmrl.base_model import load_tokenizer, reference_for
 from llmrl.errors import ModelError
+from llmrl.files import write_json
 from llmrl.heads import HeadsConfig, HeadSpec
 from llmrl.hindsight.model import DialogueModel
 from llmrl.modeling import save_heads_folder
 from llmrl.value_heads import ValueHead, steer
 
 VALUES, HEAD_NAME, METHOD = "values", "value", "hindsight"
+READS = "dialogue.json"
 # largest difference of a logit, in units of the spread of logits; in 16 bits a merged adapter is rounded
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
@@ -49,6 +54,7 @@ def save_policy(
     beta: float,
     support: float,
     probe: list[int],
+    window: int | None = None,
 ) -> Saved:
     """Write a policy into an existing folder, open it again and compare.
 
@@ -60,6 +66,7 @@ def save_policy(
         scale: what rewards were multiplied by in training.
         beta, support: of the value head where nothing else is said.
         probe: ids of a dialogue, by which both are compared.
+        window: exchanges that the policy reads; None is all.
 
     Raises:
         ModelError: what was written does not give the same logits.
@@ -77,6 +84,8 @@ def save_policy(
         if head is not None:
             (folder / VALUES).mkdir()
             _save_with_head(values, tokenizer, head, folder / VALUES)
+    if window is not None:
+        write_json(folder / READS, {"window": window})
     dtype = next(policy.parameters()).dtype
     del model, policy, values
     gc.collect()
@@ -87,6 +96,24 @@ def save_policy(
             f"the saved policy does not give the logits of the trained one: they differ by {difference:.2g}"
         )
     return Saved(folder, difference)
+
+
+def window_of(policy: Path | str) -> int | None:
+    """Return how many exchanges a policy reads, None of one that reads all, or that is no folder of ours.
+
+    Raises:
+        ModelError: `dialogue.json` says something else than a number.
+    """
+    path = Path(policy).expanduser() / READS
+    if not path.is_file():
+        return None
+    try:
+        window = json.loads(path.read_text(encoding="utf-8"))["window"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{path}: expected an object with a window ({error!r:.80})") from None
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ModelError(f"{path}: expected a window of 1 exchange or more, got {window!r:.40}")
+    return window
 
 
 def in_units_of_rewards(head: ValueHead, scale: float, beta: float, support: float) -> ValueHead:

@@ -57,8 +57,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     read = read_dialogues(config.data)
     base = load_base(config.model, dtype=_dtype(config), revision=config.revision)
     longest = min(config.max_length or sys.maxsize, context_length(base.model, base.tokenizer))
-    rows, too_long = encode_dialogues(base.tokenizer, read.dialogues, longest)
-    if is_main_process() and not config.quiet:
+    shown = is_main_process() and not config.quiet
+    rows, too_long = encode_dialogues(base.tokenizer, read.dialogues, longest, config.window, progress=shown)
+    if shown:
         print(read.summary(), flush=True)
         if too_long:
             print(f"{len(too_long)} more kept aside: {refusals(too_long)}", flush=True)
@@ -68,9 +69,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _run(trainer, config)
     if not trainer.is_world_process_zero():
         return {}
+    learnt, aside = len({row.id for row in used}), len(read.refused) + len(too_long)
     report = {
         "method": config.method,
-        "dialogues": {"read": len(read.dialogues), "kept_aside": len(read.refused) + len(too_long), "used": len(used)},
+        "dialogues": {"read": len(read.dialogues), "kept_aside": aside, "used": learnt},
         "returns": _summary([row.total for row in rows]),
         "reward_scale": scale,
         "steps": trainer.state.global_step,
@@ -86,7 +88,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             scale=scale,
             beta=config.beta,
             support=config.support,
-            probe=list(max(used[:32], key=lambda row: len(row.input_ids)).input_ids),
+            probe=max((list(row.input_ids[: row.lengths[0]]) for row in used[:32]), key=len),
+            window=config.window,
         )
         report["difference"] = saved.difference
         read_dialogues(config.data, aside=staging / ASIDE) if read.refused else None
@@ -100,17 +103,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
     shutil.rmtree(work_dir)
     if not config.quiet:
         print(
-            f"{config.method} on {len(used)} dialogues, {report['steps']} steps, {report['seconds']:.0f} s\n{folder}",
+            f"{config.method} on {learnt} dialogues, {report['steps']} steps, {report['seconds']:.0f} s\n{folder}",
             flush=True,
         )
     return report
 
 
 def best(rows: Sequence[Encoded], share: float) -> list[Encoded]:
-    """Return the dialogues of the highest returns, in their order; of equal ones the first."""
-    count = max(1, round(share * len(rows)))
-    order = sorted(range(len(rows)), key=lambda i: (-rows[i].total, i))[:count]
-    return [rows[i] for i in sorted(order)]
+    """Return the rows of the dialogues of the highest returns, in their order; of equal ones the first."""
+    totals = {row.id: row.total for row in rows}
+    kept = set(sorted(totals, key=lambda one: -totals[one])[: max(1, round(share * len(totals)))])
+    return [row for row in rows if row.id in kept]
 
 
 def reward_scale(rows: Sequence[Encoded], config: TrainConfig) -> tuple[float, float, float]:
@@ -195,8 +198,7 @@ def _data(
 ) -> tuple[list[dict[str, Any]], Any]:
     """Return what is dealt out, and how it is collated."""
     if config.method != "dpo":
-        scaled = [row.scaled(scale) for row in rows]
-        examples = examples_of(scaled, config.backup, config.discount, config.discount_unit)
+        examples = examples_of(rows, config.backup, config.discount, config.discount_unit, scale)
         return examples, DialogueCollator(packing=config.packing)
     pairs = pair_examples(turn_pairs(rows, config.discount, config.discount_unit))
     add_reference(model, pairs, config.micro_batch_size or config.batch_size, default_device())
@@ -226,7 +228,7 @@ def _fingerprint(rows: Sequence[Encoded], base: BaseModel, options: dict[str, An
     digest = hashlib.sha256(json.dumps([identity, {k: v for k, v in options.items() if k not in free}]).encode())
     for row in rows:
         spans = [(span.start, span.stop, span.reward) for span in row.spans]
-        digest.update(json.dumps([row.input_ids, spans, row.done]).encode())
+        digest.update(json.dumps([row.id, row.input_ids, spans, row.done]).encode())
     return "sha256:" + digest.hexdigest()[:32]
 
 

@@ -15,7 +15,7 @@ cut off, the last state has a value like any other. `discount` counts turns or t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmrl.errors import DataError
 
@@ -61,6 +61,10 @@ class Backup:
     value_position: tuple[int, ...]
     value_action: tuple[int, ...]
 
+    def scaled(self, factor: float) -> Backup:
+        """Return it with all rewards times a number."""
+        return replace(self, reward=tuple(factor * r for r in self.reward), to_go=tuple(factor * r for r in self.to_go))
+
 
 def backup(
     spans: Sequence[Span],
@@ -70,6 +74,7 @@ def backup(
     kind: str = "turn",
     discount: float = 1.0,
     unit: str = "turn",
+    later: float = 0.0,
 ) -> Backup:
     """Return what the tokens of the agent learn from.
 
@@ -80,13 +85,14 @@ def backup(
         kind: "turn" or "token".
         discount: gamma, from 0 to 1.
         unit: gamma counts the agent's turns or the agent's tokens.
+        later: what is earned after the last span, discounted to its last token: what Monte-Carlo knows beside the spans.
 
     Raises:
         DataError: spans that overlap or lie after `last`, or an unknown kind or unit.
     """
     _check(spans, last, kind, discount, unit)
     after_turn = [span.start - 1 for span in spans[1:]] + [NO_STATE if done else last]
-    turns_to_go = _turns_to_go(spans, discount, unit)
+    to_go = turns_to_go(spans, discount, unit, later)
     per_token = discount if unit == "token" else 1.0
     per_turn = discount if unit == "turn" else 1.0
     columns: dict[str, list[float]] = {name: [] for name in ("reward", "discount", "to_go")}
@@ -100,7 +106,7 @@ def backup(
             ahead = span.stop - 1 - token  # tokens of the turn after this one
             indices["position"].append(token - 1)
             indices["turn"].append(k)
-            columns["to_go"].append(per_token**ahead * turns_to_go[k])
+            columns["to_go"].append(per_token**ahead * to_go[k])
             if kind == "token" and ahead:
                 columns["reward"].append(0.0)
                 indices["next_position"].append(token)
@@ -115,15 +121,19 @@ def backup(
     return Backup(**{name: tuple(values) for name, values in {**columns, **indices}.items()})  # type: ignore[arg-type]
 
 
-def _turns_to_go(spans: Sequence[Span], discount: float, unit: str) -> list[float]:
-    """Return, at the last token of each turn, its reward and those of later turns, discounted."""
+def turns_to_go(spans: Sequence[Span], discount: float, unit: str, later: float = 0.0) -> list[float]:
+    """Return, at the last token of each turn, its reward and those of later turns, discounted; `later` as in `backup`."""
     found: list[float] = []
-    after = 0.0
     for k in reversed(range(len(spans))):
-        steps = 1 if unit == "turn" or k + 1 == len(spans) else spans[k + 1].stop - spans[k + 1].start
-        after = spans[k].reward + discount**steps * after
-        found.append(after)
+        if found:
+            later = found[-1] * discount ** turn_steps(spans[k + 1], unit)
+        found.append(spans[k].reward + later)
     return found[::-1]
+
+
+def turn_steps(span: Span, unit: str) -> int:
+    """Return how often gamma counts between the last token of the turn before and the last token of this one."""
+    return 1 if unit == "turn" else span.stop - span.start
 
 
 def _check(spans: Sequence[Span], last: int, kind: str, discount: float, unit: str) -> None:

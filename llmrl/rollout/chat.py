@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from llmrl.errors import ConfigError, DataError, ModelError
@@ -30,6 +31,7 @@ _ANSWER = "@llmrl:answer;"
 _RESERVED = "@llmrl:"
 
 SPECIAL_TOKENS = ("spell", "allow")
+AGENT = "assistant"
 
 
 def extension(before: str, said: str, rendered: str, blind: str, mark: str) -> str | None:
@@ -74,6 +76,9 @@ class Conversation:
         special_tokens: What the name of a control token (`<|im_end|>`) does in a message or a tool: "spell" encodes it as
             ordinary text, so that no observation can end its own turn; "allow" lets it become the control token.
             The text of an answer is always spelled, should a rewrite encode it.
+        window: The model reads the system messages of the opening and this many exchanges, the last ones; an exchange is
+            what was said to the model up to and with its answer. None is all of them. A message that leaves the window
+            rewrites the context.
 
     Raises:
         ModelError: the tokenizer has no chat template, or the template does not show the tools.
@@ -87,12 +92,17 @@ class Conversation:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
         special_tokens: str = "spell",
+        window: int | None = None,
     ) -> None:
+        if window is not None and window < 1:
+            raise ConfigError(f"window: expected 1 exchange or more, or None for all, got {window}")
         if special_tokens not in SPECIAL_TOKENS:
             raise ConfigError(
                 f"special_tokens: expected one of {', '.join(SPECIAL_TOKENS)}, got {special_tokens!r:.60}"
             )
         self.tokenizer = tokenizer
+        self._window = window
+        self._encoded: dict[str, tuple[int, ...]] = {}
         self._control = _control_tokens(tokenizer, len(tokenizer))
         self._spell = special_tokens == "spell"
         self._options = dict(template_options or {})
@@ -159,7 +169,7 @@ class Conversation:
         if not sample.token_ids:
             why = f"finish reason {sample.finish_reason}"
             raise DataError(f"the sample has no tokens ({why}): there is nothing to record, sample again")
-        message = Message("assistant", sample.text, tool_calls=tuple(dict(call) for call in tool_calls))
+        message = Message(AGENT, sample.text, tool_calls=tuple(dict(call) for call in tool_calls))
         turn = Turn(
             message,
             token_ids=sample.token_ids,
@@ -174,7 +184,7 @@ class Conversation:
         self._context = step.context + turn.token_ids
         self._text = step.text
         self._messages.append(message)
-        self._shown.append(self._safe({"role": "assistant", "content": message.content}, False))
+        self._shown.append(self._safe({"role": AGENT, "content": message.content}, False))
         self._recorded = len(self._messages)
         self._rewards, self._steps = {}, {}
         return message
@@ -259,7 +269,7 @@ class Conversation:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=generation, tokenize=False, **self._options
+                    in_window(messages, self._window), add_generation_prompt=generation, tokenize=False, **self._options
                 )
             )
         except Exception as error:  # a template raises whatever its filters and its own checks raise
@@ -270,7 +280,7 @@ class Conversation:
     def _refuse_left_out(self, generation: bool) -> None:
         """A template may pass over a role it does not know; the model would then act without having seen the message."""
         new = range(self._recorded, len(self._shown))
-        texts = {i: _MARK % i for i in new if self._messages[i].role != "assistant" and self._messages[i].content}
+        texts = {i: _MARK % i for i in new if self._messages[i].role != AGENT and self._messages[i].content}
         marked = [{**m, "content": texts[i]} if i in texts else m for i, m in enumerate(self._shown)]
         rendered = self._render(marked, generation)
         for i, mark in texts.items():
@@ -296,7 +306,9 @@ class Conversation:
         return ids
 
     def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        if text not in self._encoded:  # the same pieces come back turn after turn
+            self._encoded[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self._encoded[text])
 
     def _ids_after_text(self, text: str) -> list[int]:
         """Encode without the space that sentencepiece puts before the first word of a text."""
@@ -354,6 +366,16 @@ class Conversation:
             # a character outside of the vocabulary becomes the unknown token without naming it
             names |= {name for i, name in found.items() if i != self.tokenizer.unk_token_id or name in piece}
         return names
+
+
+def in_window(messages: Sequence[Mapping[str, Any]], exchanges: int | None) -> list[Mapping[str, Any]]:
+    """Return the system messages of the opening and the last exchanges, see `Conversation`; None returns all messages."""
+    roles = [message["role"] for message in messages]
+    begins = [i + 1 for i, pair in enumerate(pairwise(roles)) if pair[0] == AGENT != pair[1]]
+    if exchanges is None or len(begins) < exchanges:
+        return list(messages)
+    opening = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    return [*messages[:opening], *messages[max(opening, begins[-exchanges]) :]]
 
 
 def _common(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -54,6 +54,7 @@ def run_episodes(
     source: str = "",
     fingerprint: str = "",
     template_options: Mapping[str, Any] | None = None,
+    window: int | None = None,
     retry_failed: bool = True,
     rank: int = 0,
     world: int = 1,
@@ -79,6 +80,7 @@ def run_episodes(
         source: Name of the data set or environment, recorded with each episode.
         fingerprint: Names the model and tokenizer; a folder takes episodes of one.
         template_options: Passed to the chat template.
+        window: Exchanges that the model reads, the last ones; None is all, see `Conversation`.
         retry_failed: Play again what an earlier run recorded with an error.
         rank: This process's number; it plays the rows whose number is `rank` modulo `world`.
         world: Number of processes.
@@ -98,12 +100,15 @@ def run_episodes(
         if limit is not None and not limit > 0:
             raise UsageError(f"{name}: expected seconds > 0, or null for no limit, got {limit}")
     options = dict(template_options or {})
-    Conversation(engine.tokenizer, template_options=options)  # without a chat template no episode can begin
+    Conversation(
+        engine.tokenizer, template_options=options, window=window
+    )  # without a chat template no episode can begin
     identity = {"sampling": sampling.to_json(), "max_turns": max_turns, "template_options": options}
+    identity |= {} if window is None else {"window": window}
     ids = claim_run(output, rows, samples, seed=seed, source=source, fingerprint=fingerprint, **identity)
     plan = _Plan(
         engine, make_environment, sampling, seed, max_turns, turn_timeout or math.inf, episode_timeout or math.inf,
-        source, options,
+        source, options, window,
     )  # fmt: skip
     tally = Tally()
     with ShardWriter(output, rank) as writer:
@@ -187,6 +192,7 @@ class _Plan:
     episode_timeout: float
     source: str
     template_options: Mapping[str, Any]
+    window: int | None
 
 
 _Events = queue.SimpleQueue["tuple[_Live, Episode | EngineError | None]"]
@@ -276,7 +282,9 @@ class _Live(threading.Thread):
             raise TypeError(f"expected tools, observe and step, got a {type(environment).__name__}")
         self.where = "conversation"
         tools = list(environment.tools) or None
-        conversation = Conversation(plan.engine.tokenizer, tools=tools, template_options=dict(plan.template_options))
+        conversation = Conversation(
+            plan.engine.tokenizer, tools=tools, template_options=dict(plan.template_options), window=plan.window
+        )
         self.where = "environment.observe"
         opening = environment.observe()
         self.where = "conversation"

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmrl.errors import DataError, ModelError
-from llmrl.rollout.chat import Conversation
+from llmrl.rollout.chat import AGENT, Conversation
 from llmrl.types import Message, Turn
 
-AGENT = "assistant"
 _MARK = "@llmrl:logged;"
 
 
@@ -71,7 +70,12 @@ class LoggedConversation(Conversation):
 
 
 def encode_messages(
-    tokenizer: object, messages: Sequence[Message], *, open_end: bool = False, special_tokens: str = "spell"
+    tokenizer: object,
+    messages: Sequence[Message],
+    *,
+    open_end: bool = False,
+    special_tokens: str = "spell",
+    window: int | None = None,
 ) -> tuple[Turn, ...]:
     """Return the turns of a logged dialogue with their token ids; the agent's have a loss mask of ones.
 
@@ -79,13 +83,13 @@ def encode_messages(
         tokenizer: with a chat template.
         messages: what was said; the assistant is the agent.
         open_end: add the generation prompt behind the last message, where the dialogue was cut off and could go on.
-        special_tokens: see `Conversation`.
+        special_tokens, window: see `Conversation`; a window that messages leave gives several segments.
 
     Raises:
         DataError: the template refuses or leaves out a message, rewrites what came before, or an answer cannot be written.
         ModelError: there is no template, or one without an end of turns.
     """
-    talk = LoggedConversation(tokenizer, special_tokens=special_tokens)
+    talk = LoggedConversation(tokenizer, special_tokens=special_tokens, window=window)
     for message in messages:
         if message.role != AGENT:
             talk.add(message)
@@ -102,7 +106,7 @@ def encode_messages(
     if open_end and messages and messages[-1].role != AGENT:
         talk.prompt()
     turns = talk.turns
-    if turns and turns[-1].segment:
+    if turns and turns[-1].segment and window is None:
         raise DataError(
             "the chat template rewrites what was said before (it drops or moves text of earlier turns): take another"
         )

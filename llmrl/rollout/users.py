@@ -33,6 +33,7 @@ Speaker = Callable[[Sequence[Message]], str]
 Chat = Callable[[Sequence[Message], int], str]
 """Messages that end with one to answer, and a seed, to the answer."""
 
+OPENER = "Begin the conversation."
 _LONGEST_WAIT = 60.0  # seconds that a server's Retry-After may ask for
 
 
@@ -94,7 +95,7 @@ class SimulatedUser:
         return self._stop is not None and self._stop(tuple(self.messages))
 
 
-def as_user(chat: Chat, persona: str, seed: int, *, opener: str = "Begin the conversation.") -> Speaker:
+def as_user(chat: Chat, persona: str, seed: int, *, opener: str = OPENER) -> Speaker:
     """Let a chat model play the user: it sees its own messages as the assistant's and the other side's as the user's.
 
     Args:
