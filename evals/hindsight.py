@@ -3,11 +3,15 @@
     charity     the charity talk in short words: a language model without any knowledge learns it from 1,000 raw logs
     charity-long   the same in utterances of 8 to 14 words, four templates an act
     charity-lora   the same in short words, the small pretrained language model of this repository under LoRA
+    charity-users   the same as charity, but the user is a model too, which learnt the other side of the logs
+    charity-ablations   what ILQL's settings are worth there
     maze        the double-T maze in text: free generation, sampled and greedy, over a grid of beta
+    maze-ablations   what settings, and shorter training, are worth there
     questions   twenty questions
 
 Each method and seed is trained once and kept in `--work_dir`; a run that is cut off goes on. Beta is chosen on episodes of
 another luck (seed SELECTION) than those that are reported. One policy a seed: a seed is of the logs, the weights and the order.
+All policies of a seed play the same episodes; evals/hindsight_report.py makes the tables and pictures.
 """
 
 from __future__ import annotations
@@ -34,39 +38,76 @@ class Part:
 
     Attributes:
         env, variant: of `llmrl hindsight eval`.
-        methods: in the order of the table.
-        options: of `llmrl hindsight train`.
+        methods: what is compared, in the order of the table, by its name, with its own options of `llmrl hindsight train`
+            (`method` is the name where it is left out), and under "play" those of `llmrl hindsight eval`.
+        options: of training, for all of them.
         betas: of the grid.
         episodes: reported, for each policy.
+        greedy: episodes played greedily; where nothing is left to luck, one a start is all there is to see.
         model: None is a model without any knowledge.
+        file: the JSON's name.
+        user: train a simulated user of each seed, and play with it.
     """
 
     env: str
     variant: str | None
-    methods: tuple[str, ...]
+    methods: dict[str, dict[str, Any]]
     options: dict[str, Any]
     betas: tuple[float, ...]
     episodes: int
+    greedy: int
     model: str | None = None
+    file: str | None = None
+    user: bool = False
 
 
-_ALL = ("bc", "filtered-bc", "awr", "dpo", "mc", "ilql")
+_ALL: dict[str, dict[str, Any]] = {name: {} for name in ("bc", "filtered-bc", "awr", "dpo", "mc", "ilql")}
+_FOUR = {name: {} for name in ("bc", "filtered-bc", "mc", "ilql")}
 _SCRATCH = {"lr": 2e-3, "heads_lr": 2e-3, "batch_size": 16}
+_WALK = {
+    "lr": 1e-3, "heads_lr": 1e-3, "batch_size": 32, "max_steps": 4000, "discount": 0.99, "window": 1, "trunk": "separate",
+    "head": "mlp", "support": 0.05,
+}  # fmt: skip
+_ILQL = {"method": "ilql"}
 PARTS = {
-    "charity": Part("charity", "short", _ALL, {**_SCRATCH, "max_steps": 800}, (2, 4, 8, 16), 300),
-    "charity-long": Part("charity", "long", _ALL, {**_SCRATCH, "max_steps": 1200}, (2, 4, 8, 16), 300),
+    "charity": Part("charity", "short", _ALL, {**_SCRATCH, "max_steps": 800}, (2, 4, 8, 16, 32), 300, 150),
+    "charity-long": Part("charity", "long", _ALL, {**_SCRATCH, "max_steps": 1200}, (2, 4, 8, 16, 32), 300, 150),
     "charity-lora": Part(
-        "charity", "short", ("bc", "filtered-bc", "mc", "ilql"),
-        {"tuning": "lora", "lora_r": 16, "lr": 2e-3, "heads_lr": 2e-3, "batch_size": 16, "max_steps": 500},
-        (2, 4, 8, 16), 300, "examples/tiny_lm",
+        "charity", "short", _FOUR,
+        {"tuning": "lora", "lora_r": 16, "lr": 2e-3, "heads_lr": 2e-3, "batch_size": 8, "max_steps": 400},
+        (4, 8, 16), 300, 150, model="examples/tiny_lm",
     ),
-    "maze": Part(
-        "maze", None, ("bc", "filtered-bc", "mc", "ilql"),
-        {"lr": 1e-3, "heads_lr": 1e-3, "batch_size": 8, "max_steps": 600, "discount": 0.99}, (1, 2, 4, 8), 100,
+    "charity-users": Part(
+        "charity", "short", _FOUR, {**_SCRATCH, "max_steps": 800}, (4, 8, 16, 32), 300, 150, user=True
+    ),
+    "charity-ablations": Part(
+        "charity", "short",
+        {
+            "ilql": {},
+            "backup token": _ILQL | {"backup": "token"},
+            "cql .1": _ILQL | {"cql": 0.1},
+            "expectile .7": _ILQL | {"expectile": 0.7},
+            "two trunks, mlp": _ILQL | {"trunk": "separate", "head": "mlp"},
+            "no support filter": _ILQL | {"support": 0.0},
+            "best of 8 by Q": _ILQL | {"play": {"rerank": 8, "beta": 0.0}},
+        },
+        {**_SCRATCH, "max_steps": 800}, (2, 4, 8, 16, 32), 300, 150,
+    ),
+    "maze": Part("maze", None, _FOUR, _WALK, (1, 2, 4, 8, 16), 100, 25, file="maze.json"),
+    "maze-ablations": Part(
+        "maze", None,
+        {
+            "ilql": {},
+            "1000 steps": _ILQL | {"max_steps": 1000},
+            "one trunk, mlp": _ILQL | {"trunk": "shared"},
+            "one trunk, linear": _ILQL | {"trunk": "shared", "head": "linear"},
+            "backup token": _ILQL | {"backup": "token"},
+            "no support filter": _ILQL | {"support": 0.0},
+        },
+        _WALK | {"max_steps": 2000}, (1, 2, 4, 8, 16), 100, 25,
     ),
     "questions": Part(
-        "twenty-questions", None, ("bc", "filtered-bc", "mc", "ilql"),
-        {**_SCRATCH, "max_steps": 800}, (1, 2, 4, 8), 200,
+        "twenty-questions", None, _FOUR, {**_SCRATCH, "max_steps": 1600, "batch_size": 16}, (1, 2, 4, 8, 16), 200, 100
     ),
 }  # fmt: skip
 
@@ -99,12 +140,14 @@ def main(argv: list[str]) -> int:
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for name in config.only or PARTS:
-        run_part(config, name, PARTS[name], output / f"hindsight-{name}.json")
+        run_part(config, name, PARTS[name], output / (PARTS[name].file or f"hindsight-{name}.json"))
     return EXIT_DONE
 
 
 def run_part(config: RunConfig, name: str, part: Part, path: Path) -> None:
     """Train and play every method and seed; the file is written again after each."""
+    from hindsight_report import summary
+
     from llmrl.files import write_json
     from llmrl.hindsight.evaluation import ENVIRONMENTS
     from llmrl.training.run import environment
@@ -115,23 +158,25 @@ def run_part(config: RunConfig, name: str, part: Part, path: Path) -> None:
         "env": part.env,
         "variant": part.variant,
         "options": part.options | ({"max_steps": config.max_steps} if config.max_steps else {}),
+        "methods": {label: options for label, options in part.methods.items() if options},
         "model": part.model or "a Llama of 2 layers and width 64, random weights, whole words as tokens",
         "optimum": float(ENVIRONMENTS[part.env].module.optimum()),
         "logs": {},
-        "methods": {},
+        "policies": {},
     }
     for seed in range(config.seeds):
         folder = Path(config.work_dir) / name / str(seed)
         logs, model = make_logs(config, part, folder, seed)
+        user = {"user": make_user(config, part, folder, seed)} if part.user else {}
         found["logs"][str(seed)] = logs
-        for method in config.methods or part.methods:
-            one = one_policy(config, part, folder, method, seed, model, found["options"])
-            found["methods"].setdefault(method, {})[str(seed)] = one
-            write_json(path, found | {"summary": summary(found["methods"])})
+        for label in config.methods or part.methods:
+            one = one_policy(part, folder, label, seed, model, found["options"], user)
+            found["policies"].setdefault(label, {})[str(seed)] = one
+            write_json(path, summary(found) | found)
             if not config.quiet:
                 value = one["return"]
                 print(
-                    f"{name} seed {seed} {method}: {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]",
+                    f"{name} seed {seed} {label}: {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]",
                     flush=True,
                 )
 
@@ -156,14 +201,40 @@ def make_logs(config: RunConfig, part: Part, folder: Path, seed: int) -> tuple[d
     return {"mean": float(np.mean(totals)), "most": float(np.max(totals))}, part.model or str(small)
 
 
+def make_user(config: RunConfig, part: Part, folder: Path, seed: int) -> str:
+    """Train a model on the user's side of other logs than the policies', once, and return its folder."""
+    from llmrl.hindsight.evaluation import write_logs
+    from llmrl.hindsight.options import LogsConfig, TrainConfig
+    from llmrl.hindsight.run import train
+
+    logs, small, user = folder / "user.jsonl.gz", folder / "user-model", folder / "user"
+    if not user.is_dir():
+        write_logs(
+            LogsConfig(
+                env=part.env, output=str(logs), count=config.logs, variant=part.variant, seed=SELECTION + seed, side="user",
+                model_dir=str(small), overwrite=True, quiet=True,
+            )
+        )  # fmt: skip
+        train(
+            TrainConfig(
+                data=[str(logs)], model=str(small), output_dir=str(user), method="bc", seed=seed, quiet=True, overwrite=True,
+                save_steps=10**6, max_steps=800, lr=2e-3, batch_size=16,
+            )
+        )  # fmt: skip
+    return str(user)
+
+
 def one_policy(
-    config: RunConfig, part: Part, folder: Path, method: str, seed: int, model: str, options: dict[str, Any]
+    part: Part, folder: Path, label: str, seed: int, model: str, options: dict[str, Any], user: dict[str, str]
 ) -> dict[str, Any]:
     """Train a policy unless it is there, choose beta, and play it; what was found is kept beside it."""
     from llmrl.hindsight.options import TrainConfig
     from llmrl.hindsight.run import train
 
-    target, kept = folder / method, folder / f"{method}.json"
+    own = dict(part.methods[label])
+    method, how = own.pop("method", label), user | own.pop("play", {})
+    name = label.replace(" ", "-").replace(",", "")
+    target, kept = folder / name, folder / f"{name}.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     if not target.is_dir():
@@ -171,28 +242,44 @@ def one_policy(
         train(
             TrainConfig(
                 data=[str(folder / "logs.jsonl.gz")], model=start, output_dir=str(target), method=method, seed=seed, quiet=True,
-                overwrite=True, save_steps=10**6, **options,
+                overwrite=True, save_steps=10**6, **options | own,
             )
         )  # fmt: skip
     trained = json.loads((target / "report.json").read_text(encoding="utf-8"))
     begun = time.monotonic()
-    found: dict[str, Any] = {"train_seconds": trained["seconds"], "last": trained["last"]}
-    beta = None
-    if method in STEERED:
-        grid = {b: play(part, target, b, SELECTION, part.episodes // 2) for b in part.betas}
-        found["grid"] = {f"{b:g}": {key: of[key] for key in ("return", "invalid_share")} for b, of in grid.items()}
-        beta = max(grid, key=lambda b: grid[b]["return"]["value"])
-    sampled = play(part, target, beta, seed, part.episodes)
-    greedy = play(part, target, beta, seed, part.episodes // 2, greedy=True)
-    keys = ("return", "invalid_share", "off_template_share", "truncated_share")
-    found |= {"beta": beta, **{key: sampled[key] for key in keys}, "greedy": {key: greedy[key] for key in keys}}
+    found: dict[str, Any] = {"train_seconds": trained["seconds"], "last": trained["last"], "curve": curve(target)}
+    beta = how.get("beta")
+    if method in STEERED and beta is None:
+        found["grid"] = {f"{b:g}": both(part, target, b, SELECTION, part.episodes // 2, how) for b in part.betas}
+        beta = max(part.betas, key=lambda b: found["grid"][f"{b:g}"]["return"]["value"])
+    found |= {"beta": beta, **both(part, target, beta, seed, part.episodes, how, returns=True)}
     found["play_seconds"] = time.monotonic() - begun
     kept.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
+def both(
+    part: Part,
+    policy: Path,
+    beta: float | None,
+    seed: int,
+    episodes: int,
+    how: dict[str, Any],
+    *,
+    returns: bool = False,
+) -> dict[str, Any]:
+    """Play sampled and greedily; return what is reported, each episode's return only where it is asked for."""
+    keys = ("return", "invalid_share", "off_template_share", "truncated_share")
+    sampled = play(part, policy, beta, seed, episodes, **how)
+    found = {key: sampled[key] for key in keys}
+    if "rerank" not in how:  # there is nothing to choose among
+        greedy = play(part, policy, beta, seed, part.greedy, greedy=True, **how)
+        found["greedy"] = {key: greedy[key] for key in keys}
+    return found | ({"returns": [round(value, 4) for value in sampled["returns"]]} if returns else {})
+
+
 def play(
-    part: Part, policy: Path, beta: float | None, seed: int, episodes: int, *, greedy: bool = False
+    part: Part, policy: Path, beta: float | None, seed: int, episodes: int, *, greedy: bool = False, **how: Any
 ) -> dict[str, Any]:
     """Return the report of `llmrl hindsight eval`."""
     from llmrl.hindsight.evaluation import evaluate
@@ -200,25 +287,20 @@ def play(
 
     return evaluate(
         EvalConfig(
-            policy=str(policy), env=part.env, output_dir=f"{policy}.eval", episodes=episodes, beta=beta, greedy=greedy,
-            variant=part.variant, seed=seed, overwrite=True, quiet=True,
+            policy=str(policy), env=part.env, output_dir=f"{policy}.eval", episodes=episodes, greedy=greedy,
+            variant=part.variant, seed=seed, overwrite=True, quiet=True, **how | {"beta": beta},
         )
     )  # fmt: skip
 
 
-def summary(methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean return over seeds, its spread, and each seed's."""
-    found = {}
-    for method, seeds in methods.items():
-        values = [one["return"]["value"] for one in seeds.values()]
-        greedy = [one["greedy"]["return"]["value"] for one in seeds.values()]
-        found[method] = {
-            "mean": float(np.mean(values)),
-            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            "seeds": values,
-            "greedy": float(np.mean(greedy)),
-        }
-    return found
+def curve(policy: Path) -> dict[str, list[float]]:
+    """Return how V and losses went, at most 50 points."""
+    from llmrl.training.metrics import read_metrics
+
+    rows = [row for row in read_metrics(policy) if "policy_nll" in row]
+    rows = rows[:: max(1, len(rows) // 50)]
+    names = [name for name in ("step", "policy_nll", "value", "earned", "q_loss", "v_loss") if name in rows[-1]]
+    return {name: [round(float(row[name]), 5) for row in rows] for name in names}
 
 
 if __name__ == "__main__":

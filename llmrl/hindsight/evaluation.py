@@ -15,6 +15,7 @@ import numpy as np
 from llmrl.config import to_flat
 from llmrl.errors import DataError, OutputError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
+from llmrl.hindsight.compare import check_same, paired_difference, read_report
 from llmrl.hindsight.dialogues import Dialogue
 from llmrl.hindsight.envs import charity, charity_users, maze, twenty_questions
 from llmrl.hindsight.options import EvalConfig, LogsConfig
@@ -59,6 +60,7 @@ ENVIRONMENTS = {
     "twenty-questions": Environment(twenty_questions, twenty_questions.TwentyQuestions, twenty_questions.CAP, 32),
 }
 BOOTSTRAP = 2000
+_ASKED = ("policy", "env", "variant", "support", "greedy", "rerank", "user", "seed")  # what a report repeats
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -73,27 +75,15 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     environment = ENVIRONMENTS[config.env]
     rows = environment.rows(config.variant)
     sampling = SamplingConfig(temperature=0.0 if config.greedy else config.temperature, max_tokens=environment.tokens)
+    other = None if config.against is None else check_same(read_report(config.against), to_flat(config))
     window = window_of(config.policy) if config.window is None else config.window
-    options = {} if config.dtype == "auto" else {"dtype": config.dtype}
     with (
         _world(config, environment) as environment,
-        open_policy(
-            config.policy,
-            beta=config.beta,
-            support=config.support,
-            rollout_backend=config.rollout_backend,
-            server_url=config.server_url,
-            **options,
-        ) as engine,
+        _engine(config) as engine,
         staging_folder(folder) as staging,
     ):
-        asked: Engine = engine
-        if config.rerank is not None:
-            asked = RerankEngine(
-                engine, load_policy(config.policy, dtype=config.dtype), config.rerank, config.rerank_by
-            )
         episodes = play(
-            asked,
+            engine,
             environment,
             rows,
             config.episodes,
@@ -103,30 +93,32 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             window=window,
             progress=not config.quiet,
         )
-        report = report_of(episodes, environment) | {
-            "policy": config.policy,
-            "env": config.env,
-            "variant": config.variant,
-            "beta": beta_of(config),
-            "support": config.support,
-            "greedy": config.greedy,
-            "rerank": config.rerank,
-            "window": window,
-            "user": config.user,
-            "seed": config.seed,
-        }
+        asked = {name: getattr(config, name) for name in _ASKED}
+        report = {**report_of(episodes, environment), **asked, "beta": beta_of(config), "window": window}
+        if other is not None:
+            report["against"] = {"policy": other["policy"], **paired_difference(report["returns"], other["returns"])}
         write_json(staging / "report.json", report)
         write_run_files(staging, to_flat(config))
         publish_folder(staging, folder, stale=())
     if not config.quiet:
-        found = report["return"]
-        print(
-            f"{config.env}: return {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] over {report['episodes']} "
-            f"episodes; the best is {report['optimum']:.3f}; {report['invalid_share']:.1%} of {report['turns']} texts were no "
-            f"action\n{folder}",
-            flush=True,
-        )
+        print(f"{summary_of(report)}\n{folder}", flush=True)
     return report
+
+
+def summary_of(report: Mapping[str, Any]) -> str:
+    """Return what a person reads of a report."""
+    found, best, other = report["return"], report["optimum"], report.get("against")
+    lines = [
+        f"{report['env']}: return {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] over {report['episodes']} "
+        f"episodes; the best is {best:.3f}, {best - found['value']:.3f} more; {report['invalid_share']:.1%} of "
+        f"{report['turns']} texts were no action"
+    ]
+    if other is not None:
+        lines += [
+            f"{other['value']:+.3f} [{other['low']:+.3f}, {other['high']:+.3f}] against {other['policy']} on the same "
+            f"episodes, p = {other['p']:.2g}"
+        ]
+    return "\n".join(lines)
 
 
 def write_logs(config: LogsConfig) -> list[Dialogue]:
@@ -150,13 +142,34 @@ def write_logs(config: LogsConfig) -> list[Dialogue]:
             dialogues, folder, layers=config.layers, width=config.width, context=max(256, longest), seed=config.seed
         )
     write_objects(path, [dialogue.to_json() for dialogue in dialogues])
-    if not config.quiet:
+    if not config.quiet and config.side == "user":
+        print(f"{len(dialogues)} dialogues from the user's side\n{path}", flush=True)
+    elif not config.quiet:
         mean = sum(dialogue.total for dialogue in dialogues) / len(dialogues)
         print(
             f"{len(dialogues)} dialogues, mean return {mean:.3f}; the best is {module.optimum():.3f}\n{path}",
             flush=True,
         )
     return dialogues
+
+
+@contextmanager
+def _engine(config: EvalConfig) -> Iterator[Engine]:
+    """Open the policy, and let it choose among its samples where that was asked for."""
+    options = {} if config.dtype == "auto" else {"dtype": config.dtype}
+    with open_policy(
+        config.policy,
+        beta=config.beta,
+        support=config.support,
+        rollout_backend=config.rollout_backend,
+        server_url=config.server_url,
+        **options,
+    ) as engine:
+        if config.rerank is None:
+            yield engine
+        else:
+            values = load_policy(config.policy, dtype=config.dtype)
+            yield RerankEngine(engine, values, config.rerank, config.rerank_by)
 
 
 @contextmanager

@@ -108,6 +108,9 @@ class EvalConfig:
     greedy: bool = option(False, help="take the likeliest token")
     temperature: float = option(1.0, help="of sampling, on top of beta")
     variant: str | None = option(None, help="short or long: the words of charity, the observations of maze")
+    against: str | None = option(
+        None, help="folder of an eval of another policy with the same world and seed: the paired difference is reported"
+    )
     user: str | None = option(
         None,
         help="of charity: who is talked to, a folder of a model trained on `logs --side user`, or an endpoint's URL",

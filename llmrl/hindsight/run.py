@@ -20,6 +20,7 @@ from llmrl.config import to_flat
 from llmrl.errors import DistributedError, Interrupted, OutputError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
 from llmrl.hindsight.batches import DialogueCollator, examples_of
+from llmrl.hindsight.calibration import ToGo, alarms, to_go_of
 from llmrl.hindsight.dialogues import read_dialogues
 from llmrl.hindsight.encode import Encoded, encode_dialogues, refusals
 from llmrl.hindsight.model import DialogueModel, make_trainable
@@ -64,49 +65,67 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if too_long:
             print(f"{len(too_long)} more kept aside: {refusals(too_long)}", flush=True)
     used = best(rows, config.share) if config.method == "filtered-bc" else rows
-    trainer, scale = _trainer(config, base, used, work_dir)
+    to_go = to_go_of(used, config.discount, config.discount_unit)
+    trainer = _trainer(config, base, used, to_go, work_dir)
     check_processes(announce=not config.quiet)  # with their group, which the trainer's arguments started
     _run(trainer, config)
     if not trainer.is_world_process_zero():
         return {}
-    learnt, aside = len({row.id for row in used}), len(read.refused) + len(too_long)
+    last, aside = _last(work_dir), len(read.refused) + len(too_long)
     report = {
         "method": config.method,
-        "dialogues": {"read": len(read.dialogues), "kept_aside": aside, "used": learnt},
-        "returns": _summary([row.total for row in rows]),
-        "reward_scale": scale,
+        "dialogues": {"read": len(read.dialogues), "kept_aside": aside, "used": len({row.id for row in used})},
+        "returns": _summary(list({row.id: row.total for row in rows}.values())),
+        "reward_scale": to_go.scale,
         "steps": trainer.state.global_step,
-        "last": _last(work_dir),
+        "last": last,
+        "alarms": alarms(last["value"], to_go) if "value" in last else [],
         "seconds": time.monotonic() - started,
     }
     with staging_folder(folder) as staging:
-        saved = save_policy(
-            trainer.model,
-            base.tokenizer,
-            staging,
-            steered=config.method in VALUED,
-            scale=scale,
-            beta=config.beta,
-            support=config.support,
-            probe=max((list(row.input_ids[: row.lengths[0]]) for row in used[:32]), key=len),
-            window=config.window,
-        )
-        report["difference"] = saved.difference
-        read_dialogues(config.data, aside=staging / ASIDE) if read.refused else None
-        write_json(staging / "report.json", report)
-        write_run_files(staging, to_flat(config))
+        if read.refused:
+            read_dialogues(config.data, aside=staging / ASIDE)
+        probe = max((list(row.input_ids[: row.lengths[0]]) for row in used[:32]), key=len)
+        _write(staging, folder.name, config, trainer.model, base.tokenizer, probe, report)
         for name in ("metrics.jsonl", "timings.jsonl"):
             if (work_dir / name).is_file():
                 shutil.copyfile(work_dir / name, staging / name)
-        _card(staging, folder.name, config, report)
         publish_folder(staging, folder, stale=STALE)
     shutil.rmtree(work_dir)
+    for alarm in report["alarms"]:
+        print(f"llmrl: {alarm}", file=sys.stderr, flush=True)
     if not config.quiet:
-        print(
-            f"{config.method} on {learnt} dialogues, {report['steps']} steps, {report['seconds']:.0f} s\n{folder}",
-            flush=True,
-        )
+        learnt = report["dialogues"]["used"]
+        print(f"{config.method} on {learnt} dialogues, {report['steps']} steps, {report['seconds']:.0f} s", flush=True)
+        print(folder, flush=True)
     return report
+
+
+def _write(
+    staging: Path,
+    name: str,
+    config: TrainConfig,
+    model: DialogueModel,
+    tokenizer: Any,
+    probe: list[int],
+    report: dict[str, Any],
+) -> None:
+    """Write the policy, which is compared on `probe`, and what there is to say about it."""
+    saved = save_policy(
+        model,
+        tokenizer,
+        staging,
+        steered=config.method in VALUED,
+        scale=report["reward_scale"],
+        beta=config.beta,
+        support=config.support,
+        probe=probe,
+        window=config.window,
+    )
+    report["difference"] = saved.difference
+    write_json(staging / "report.json", report)
+    write_run_files(staging, to_flat(config))
+    _card(staging, name, config, report)
 
 
 def best(rows: Sequence[Encoded], share: float) -> list[Encoded]:
@@ -114,19 +133,6 @@ def best(rows: Sequence[Encoded], share: float) -> list[Encoded]:
     totals = {row.id: row.total for row in rows}
     kept = set(sorted(totals, key=lambda one: -totals[one])[: max(1, round(share * len(totals)))])
     return [row for row in rows if row.id in kept]
-
-
-def reward_scale(rows: Sequence[Encoded], config: TrainConfig) -> tuple[float, float, float]:
-    """Return what rewards are multiplied by, and the least and the most that can be earned then: what values are clipped to.
-
-    The factor gives what is to go, over all turns of the agent, a standard deviation of 1: errors of Q and V then weigh about
-    as much as those of the policy beside them.
-    """
-    to_go = np.array(
-        [value for row in rows for value in row.backup("turn", config.discount, config.discount_unit).to_go]
-    )
-    scale = 1.0 / max(float(to_go.std()), 1e-8) if to_go.std() > 0 else 1.0
-    return scale, scale * float(to_go.min()), scale * float(to_go.max())
 
 
 def _check_start(config: TrainConfig, work_dir: Path) -> None:
@@ -148,9 +154,8 @@ def _dtype(config: TrainConfig) -> str:
 
 
 def _trainer(
-    config: TrainConfig, base: BaseModel, rows: Sequence[Encoded], work_dir: Path
-) -> tuple[DialogueTrainer, float]:
-    scale, low, high = reward_scale(rows, config)
+    config: TrainConfig, base: BaseModel, rows: Sequence[Encoded], to_go: ToGo, work_dir: Path
+) -> DialogueTrainer:
     objective = Objective(
         config.method,
         config.expectile,
@@ -158,8 +163,8 @@ def _trainer(
         config.value_weight,
         config.awr_temperature,
         config.dpo_beta,
-        low,
-        high,
+        to_go.least,
+        to_go.most,
     )
     head = None
     if objective.needs_values:
@@ -167,7 +172,7 @@ def _trainer(
         initialise_values(head, torch.Generator().manual_seed(config.seed))
     size = sum(p.numel() for p in base.model.parameters())
     model = DialogueModel(make_trainable(base.model, config.tuning, config.lora_r, config.seed), head, config.trunk)
-    examples, collator = _data(config, model, rows, scale)
+    examples, collator = _data(config, model, rows, to_go.scale)
     rate, heads_rate = learning_rates(config, size)
     options = to_flat(config)
     trainer = DialogueTrainer(
@@ -190,7 +195,7 @@ def _trainer(
     if config.quiet:
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-    return trainer, scale
+    return trainer
 
 
 def _data(

@@ -13,7 +13,10 @@ from http_server import free_port
 
 from llmrl.cli import main
 from llmrl.hindsight.envs import charity
+from llmrl.hindsight.envs.charity_users import reply_of
+from llmrl.rollout.shards import read_shards
 from llmrl.training import read_metrics
+from llmrl.types import Episode
 
 TRAIN = ["--max_steps", "12", "--batch_size", "8", "--quiet"]
 
@@ -32,6 +35,10 @@ def world(tmp_path_factory):
     assert run("train", *data, "--output_dir", folder / "ilql", *TRAIN) == 0
     assert run("train", *data, "--output_dir", folder / "bc", "--method", "bc", *TRAIN) == 0
     return folder
+
+
+def episodes(folder):
+    return [Episode.from_json(one) for one in read_shards(folder / "episodes").values()]
 
 
 def report(folder):
@@ -81,6 +88,64 @@ def test_other_shapes_of_training(options, world, tmp_path):
     played = ["--episodes", "3", "--beta", "2", "--output_dir", tmp_path / "eval", "--quiet"]
     assert run("eval", "--policy", tmp_path / "out", "--env", "charity", *played) == 0
     assert report(tmp_path / "eval")["beta"] == 2.0
+
+
+def test_a_policy_that_reads_one_exchange_is_trained_and_played_so(world, tmp_path):
+    """The value of the next state is read in a context of its own, in training; eval asks the folder how much to read."""
+    data = ["--data", world / "logs.jsonl", "--model", world / "small", "--window", "1", "--trunk", "separate"]
+    assert run("train", *data, "--output_dir", tmp_path / "out", *TRAIN) == 0
+    assert report(tmp_path / "out")["dialogues"]["used"] == 120
+    assert json.loads((tmp_path / "out" / "dialogue.json").read_text()) == {"window": 1}
+    played = ["--policy", tmp_path / "out", "--env", "charity", "--episodes", "6", "--quiet"]
+    for name, more, longest in (("one", [], 1), ("two", ["--window", "2"], 2)):
+        assert run("eval", *played, "--output_dir", tmp_path / name, *more) == 0
+        assert report(tmp_path / name)["window"] == longest
+        segments = [[t.segment for t in e.turns if t.is_sampled] for e in episodes(tmp_path / name)]
+        assert len(segments) == 6
+        assert all(found == [max(0, k + 1 - longest) for k in range(len(found))] for found in segments)
+
+
+def test_values_that_cannot_be_right_are_told(world, tmp_path, capsys):
+    """After one step V is still near 0, and in the maze less than that is earned from everywhere."""
+    logs, small = tmp_path / "maze.jsonl", tmp_path / "small"
+    options = ["--count", "16", "--model_dir", small, "--width", "16", "--quiet"]
+    assert run("logs", "--env", "maze", "--output", logs, *options) == 0
+    train = ["--data", logs, "--model", small, "--max_steps", "1", "--batch_size", "8", "--window", "1", "--quiet"]
+    assert run("train", *train, "--output_dir", tmp_path / "out") == 0
+    assert "values that are too high" in capsys.readouterr().err
+    assert len(report(tmp_path / "out")["alarms"]) == 1
+    assert report(world / "bc")["alarms"] == []
+
+
+def test_a_user_who_learnt_the_other_side_of_the_logs(world, tmp_path, capsys):
+    logs, small, user = tmp_path / "user.jsonl", tmp_path / "small", tmp_path / "user"
+    options = ["--count", "200", "--side", "user", "--model_dir", small, "--width", "32"]
+    assert run("logs", "--env", "charity", "--output", logs, *options) == 0
+    assert "200 dialogues from the user's side" in capsys.readouterr().out
+    train = ["--data", logs, "--model", small, "--method", "bc", "--max_steps", "150", "--batch_size", "16", "--quiet"]
+    assert run("train", *train, "--lr", "5e-3", "--output_dir", user) == 0
+    played = ["--policy", world / "ilql", "--env", "charity", "--episodes", "12", "--user", user, "--quiet"]
+    assert run("eval", *played, "--output_dir", tmp_path / "out") == 0
+    found = report(tmp_path / "out")
+    assert found["user"] == str(user)
+    texts = [t.message.content for e in episodes(tmp_path / "out") for t in e.turns if t.message.role == "user"]
+    known = sum(reply_of(text) is not None for text in texts)
+    assert known > 0.5 * len(texts) > 0  # it says what users say
+
+
+def test_two_policies_on_the_same_episodes(world, tmp_path, capsys):
+    options = ["--env", "charity", "--episodes", "30", "--seed", "4"]
+    assert run("eval", "--policy", world / "bc", "--output_dir", tmp_path / "bc", *options, "--quiet") == 0
+    more = ["--output_dir", tmp_path / "ilql", "--against", tmp_path / "bc"]
+    assert run("eval", "--policy", world / "ilql", *options, *more) == 0
+    found = report(tmp_path / "ilql")
+    mean = found["return"]["value"] - report(tmp_path / "bc")["return"]["value"]
+    assert found["against"]["value"] == pytest.approx(mean)
+    assert f"{mean:+.3f}" in capsys.readouterr().out
+    assert (
+        run("eval", "--policy", world / "ilql", *options[:4], "--seed", "5", *more[:1], tmp_path / "o", *more[2:]) == 2
+    )
+    assert "differ in seed 4 and 5" in capsys.readouterr().err
 
 
 def test_eval_reports_return_optimum_and_what_was_no_action(world, tmp_path):
@@ -162,6 +227,14 @@ def test_rows_that_cannot_be_learnt_from_are_counted_and_written_aside(world, tm
         (["eval", "--policy", "{bc}", "--env", "charity", "--output_dir", "out", "--beta", "2"], "has none"),
         (["eval", "--policy", "{bc}", "--env", "chess", "--output_dir", "out"], "not a choice"),
         (["logs", "--env", "charity", "--output", "x.txt"], "ends in .jsonl"),
+        (["logs", "--env", "maze", "--side", "user", "--output", "x.jsonl"], "--side user is of charity"),
+        (["eval", "--policy", "{bc}", "--env", "maze", "--user", "{bc}", "--output_dir", "out"], "the world of maze"),
+        (["eval", "--policy", "{bc}", "--env", "charity", "--user_model", "m", "--output_dir", "out"], "--user URL"),
+        (
+            ["eval", "--policy", "{bc}", "--env", "charity", "--against", "./no", "--output_dir", "out"],
+            "--against ./no",
+        ),
+        (["train", "--data", "{data}", "--model", "{small}", "--output_dir", "out", "--window", "0"], "window"),
     ],
 )
 def test_refusals_are_short(world, tmp_path, monkeypatch, capsys, words, says):
