@@ -8,15 +8,16 @@ the figure they were made from is in the provenance.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmrl.errors import UsageError, did_you_mean
+from llmrl.errors import DataError, UsageError, did_you_mean
 from llmrl.hindsight.dataset_games import load_guess_my_city, load_lmrl_gym
 from llmrl.hindsight.dataset_rows import Said, dialogue_from, paid, read_rows, turns_of, value_of
-from llmrl.hindsight.dialogues import BadDialogue, Dialogue, ReadDialogues
+from llmrl.hindsight.dialogues import BadDialogue, Dialogue, ReadDialogues, read_dialogues
 
 # what a participant of PersuasionForGood was paid and could give away
 _MOST_DOLLARS = 2.0
@@ -25,6 +26,7 @@ _ISSUES = ("Food", "Water", "Firewood")
 _WORTH = {"High": 5, "Medium": 4, "Low": 3}
 _MOST_POINTS = 3 * sum(_WORTH.values())
 _FIRST = "first"
+DIALOGUES = "dialogues"
 # of CraigslistBargain: a number that is no part of another, no percentage, count of something, time or ordinal
 _PRICE = re.compile(
     r"(?<![\w.,#/-])(\d{1,3}(?:,\d{3})+|\d+)(\.\d{1,2})?"
@@ -45,6 +47,26 @@ def load(name: str, path: Path | str) -> ReadDialogues:
     if name not in LOADERS:
         raise UsageError(f"no loader for a data set '{name}'{did_you_mean(name, LOADERS)}")
     return LOADERS[name](path)
+
+
+def read_files(paths: Sequence[Path | str], form: str = DIALOGUES) -> ReadDialogues:
+    """Read files of one form.
+
+    Args:
+        paths: files.
+        form: "dialogues" for those of `llmrl.hindsight.dialogues`, or a name in `LOADERS`.
+
+    Raises:
+        UsageError: there is no such form, or a file is not there.
+        DataError: a file cannot be read, two dialogues have one id, or no dialogue is left.
+    """
+    if form == DIALOGUES:
+        return read_dialogues(paths)
+    parts = [load(form, path) for path in paths]
+    found = [dialogue for part in parts for dialogue in part.dialogues]
+    if twice := [name for name, count in Counter(dialogue.id for dialogue in found).items() if count > 1]:
+        raise DataError(f"the id {twice[0]!r} is in two of the files {', '.join(map(str, paths))}; ids must be unique")
+    return ReadDialogues(found, [row for part in parts for row in part.refused])
 
 
 _PERSUADE = "Talk to a stranger and persuade them to donate to the charity Save the Children."

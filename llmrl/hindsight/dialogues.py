@@ -188,6 +188,13 @@ class ReadDialogues:
         aside = "; ".join(f"{count} {reason} (first at {first[reason]})" for reason, count in reasons.most_common())
         return f"{len(self.dialogues)} dialogues" + (f", {len(self.refused)} kept aside: {aside}" if aside else "")
 
+    def write_aside(self, path: Path | str) -> None:
+        """Write the rows that cannot be learnt from, with the reason; a file of an earlier run goes where there are none."""
+        Path(path).unlink(missing_ok=True)
+        if self.refused:
+            rows = [{"where": w, "reason": r, "message": m, "row": _writable(row)} for w, r, m, row in self.refused]
+            write_objects(path, rows)
+
 
 def read_dialogues(paths: Sequence[Path | str], *, aside: Path | str | None = None) -> ReadDialogues:
     """Read files of dialogues, in any of the three forms above.
@@ -219,12 +226,9 @@ def read_dialogues(paths: Sequence[Path | str], *, aside: Path | str | None = No
                 )
             seen[dialogue.id] = where
             found.append(dialogue)
-    if aside is not None:
-        Path(aside).unlink(missing_ok=True)
-    if aside is not None and refused:
-        rows = [{"where": w, "reason": r, "message": m, "row": _writable(row)} for w, r, m, row in refused]
-        write_objects(aside, rows)
     read = ReadDialogues(found, refused)
+    if aside is not None:
+        read.write_aside(aside)
     if not found:
         raise DataError(f"no dialogue to learn from in {', '.join(map(str, paths))}: {read.summary()}")
     return read

@@ -20,7 +20,7 @@ from llmrl.config import to_flat
 from llmrl.errors import ModelError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
 from llmrl.hindsight.batches import DialogueCollator, examples_of
-from llmrl.hindsight.dialogues import read_dialogues
+from llmrl.hindsight.datasets import read_files
 from llmrl.hindsight.encode import Encoded, encode_dialogues
 from llmrl.hindsight.model import DialogueModel
 from llmrl.hindsight.options import FoldConfig
@@ -69,7 +69,7 @@ def fold(config: FoldConfig) -> Loss:
     head = load_policy(config.policy, dtype="float32", device="cpu").llmrl_heads[HEAD_NAME]
     base = load_base(config.policy, device="cpu", without_heads=True)
     window = window_of(config.policy)
-    rows, _ = encode_dialogues(base.tokenizer, read_dialogues(config.data).dialogues, 1 << 20, window)
+    rows, _ = encode_dialogues(base.tokenizer, read_files(config.data, config.data_format).dialogues, 1 << 20, window)
     lost = measure(base.model, head, beta, spec.support, rows)
     if not config.quiet:
         print(

@@ -21,7 +21,7 @@ from llmrl.errors import DistributedError, Interrupted, OutputError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
 from llmrl.hindsight.batches import DialogueCollator, examples_of
 from llmrl.hindsight.calibration import ToGo, alarms, to_go_of
-from llmrl.hindsight.dialogues import read_dialogues
+from llmrl.hindsight.datasets import read_files
 from llmrl.hindsight.encode import Encoded, encode_dialogues, refusals
 from llmrl.hindsight.model import DialogueModel, make_trainable
 from llmrl.hindsight.objective import VALUED, Objective
@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     folder = check_output_dir(config.output_dir, overwrite=config.overwrite)
     work_dir = folder.with_name(f"{folder.name}.training")
     _check_start(config, work_dir)
-    read = read_dialogues(config.data)
+    read = read_files(config.data, config.data_format)
     base = load_base(config.model, dtype=_dtype(config), revision=config.revision)
     longest = min(config.max_length or sys.maxsize, context_length(base.model, base.tokenizer))
     shown = is_main_process() and not config.quiet
@@ -83,8 +83,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
     }
     with staging_folder(folder) as staging:
-        if read.refused:
-            read_dialogues(config.data, aside=staging / ASIDE)
+        read.write_aside(staging / ASIDE)
         probe = max((list(row.input_ids[: row.lengths[0]]) for row in used[:32]), key=len)
         _write(staging, folder.name, config, trainer.model, base.tokenizer, probe, report)
         for name in ("metrics.jsonl", "timings.jsonl"):

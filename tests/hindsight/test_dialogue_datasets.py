@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 
@@ -6,13 +7,16 @@ from dataset_files import GAME, TRAJECTORY, reasons, said, turns, write_rows
 
 from llmrl.errors import DataError, UsageError
 from llmrl.hindsight.datasets import (
+    DIALOGUES,
     LOADERS,
     load,
     load_casino,
     load_craigslist_bargain,
     load_lmrl_gym,
     load_persuasion_for_good,
+    read_files,
 )
+from llmrl.hindsight.options import TrainConfig
 
 
 @pytest.fixture
@@ -368,6 +372,27 @@ def test_every_loader_is_found_by_name(name, row, total, write):
 
 def test_every_name_is_tried_above():
     assert len(LOADERS) == 6
+
+
+def test_the_options_offer_every_form():
+    field = {field.name: field for field in dataclasses.fields(TrainConfig)}["data_format"]
+    assert field.metadata["choices"] == (DIALOGUES, *LOADERS)
+
+
+def test_files_of_one_form_are_read_as_one_set(write):
+    other = {**CHARITY, "id": "p4g1"}
+    broken = {**CHARITY, "id": "p4g2", "donation_persuadee": "a lot"}
+    paths = [write([CHARITY, broken], "a.jsonl"), write([other], "b.jsonl")]
+    read = read_files(paths, "persuasion_for_good")
+    assert [talk.id for talk in read.dialogues] == ["p4g0", "p4g1"]
+    assert reasons(read) == ["broken row"]
+    with pytest.raises(DataError, match="the id 'p4g0' is in two of the files"):
+        read_files([paths[0], paths[0]], "persuasion_for_good")
+
+
+def test_files_of_our_own_form(write):
+    (talk,) = load("persuasion_for_good", write([CHARITY])).dialogues
+    assert read_files([write([talk.to_json()], "ours.jsonl")]).dialogues == [talk]
 
 
 def test_an_unknown_name_is_an_error_of_use(write):
