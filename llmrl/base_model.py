@@ -234,10 +234,10 @@ def generate_greedy(model: Any, ids: torch.Tensor, new_tokens: int) -> list[int]
     return list(output[0, ids.shape[1] :].tolist())
 
 
-def context_length(model: Any, tokenizer: Any) -> int:
-    """Return the longest window the model reads, at most DEFAULT_MAX_LENGTH tokens."""
+def context_length(model: Any, tokenizer: Any, wanted: int | None = None) -> int:
+    """Return the longest window the model reads, at most `wanted` tokens; None is DEFAULT_MAX_LENGTH."""
     limits = [getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-    return min([limit for limit in limits if limit and limit < _NO_LIMIT] + [DEFAULT_MAX_LENGTH])
+    return min([limit for limit in limits if limit and limit < _NO_LIMIT] + [wanted or DEFAULT_MAX_LENGTH])
 
 
 def _first_line(error: BaseException) -> str:

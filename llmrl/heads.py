@@ -12,8 +12,9 @@ A head belongs to one base: `BaseReference` records fingerprints of weights, tok
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ FORMAT_VERSION = 1
 HEADS_FILE = "llmrl_heads.safetensors"
 PREFIX = "llmrl_heads."
 CONFIG_KEY = "llmrl"
+VALUES = "values"  # the folder of a second trunk
 MODEL_TYPE = "llmrl"
 MODELING_MODULE = "modeling_llmrl"  # the file that `llmrl.portable` writes
 
@@ -181,6 +183,34 @@ def build_heads(config: HeadsConfig) -> nn.ModuleDict:
     """Return the heads of a folder, by name, in float32 and without gradients."""
     heads = nn.ModuleDict({name: build_head(spec) for name, spec in config.heads.items()})
     return heads.requires_grad_(False)
+
+
+def has_value_trunk(folder: Path | str) -> bool:
+    """Tell whether a policy's values lie beside it, on a trunk of their own (`llmrl.hindsight.policy_folder`)."""
+    return (Path(folder) / VALUES / "config.json").is_file()
+
+
+def asked_steering(spec: HeadSpec, given: Mapping[str, Any]) -> tuple[float, float]:
+    """Return beta and support of a value head: each as given, else as the environment says, else as stored.
+
+    Args:
+        spec: of the head.
+        given: `beta` and `support`, None or missing where nothing was asked for; then LLMRL_BETA and LLMRL_SUPPORT count.
+
+    Raises:
+        ModelError: one is no number or out of range.
+    """
+    found = {"beta": spec.beta, "support": spec.support}
+    for name in found:
+        asked = given.get(name)
+        asked = os.environ.get(f"LLMRL_{name.upper()}") if asked is None else asked
+        if asked is not None:
+            try:
+                found[name] = float(asked)
+            except (TypeError, ValueError):
+                raise ModelError(f"expected a number for llmrl_{name}, got {asked!r:.40}") from None
+    spec = replace(spec, beta=found["beta"], support=found["support"])
+    return spec.beta, spec.support
 
 
 def head_tensors(heads: nn.ModuleDict) -> dict[str, Tensor]:

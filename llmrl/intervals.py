@@ -10,6 +10,8 @@ bias off, where the percentile interval doubles it. A mean has no such bias, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +34,18 @@ def draw_means(values: Array, draws: int, seed: int) -> Array:
     size = max(1, _BLOCK // units)
     blocks = [_counts(rng, units, min(size, draws - start)) @ values / units for start in range(0, draws, size)]
     return np.concatenate(blocks)
+
+
+def draw_means_within(values: Array, groups: Sequence[int], draws: int, seed: int) -> Array:
+    """Return the mean under every draw, `[draws]`, of `values` `[units]`, where each group is drawn anew within itself.
+
+    For units that are a fixed set of kinds, each met several times: the set is not left to luck, only what happened in it.
+    """
+    rng, total, which = np.random.default_rng(seed), np.zeros(draws), np.asarray(groups)
+    for group in np.unique(which):
+        own = values[which == group]
+        total += _counts(rng, len(own), draws) @ own
+    return total / len(values)
 
 
 def _counts(rng: np.random.Generator, units: int, draws: int) -> Array:

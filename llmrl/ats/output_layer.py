@@ -12,6 +12,7 @@ from torch import Tensor
 from llmrl.errors import ModelError
 from llmrl.head_cache import attention_layers
 from llmrl.heads_forward import check_cache, check_states, decoder_of, states_of
+from llmrl.logit_scale import finish_logits, scale_and_cap
 
 MASKED = -1e30  # models mark what cannot be said by -inf or by the least number of their dtype
 CHUNK_BYTES = 4 << 20  # of float32 logits at a time: more than a core's cache holds gains nothing on a CPU
@@ -46,13 +47,7 @@ class OutputLayer:
                 f"the output embedding of {type(model).__name__} is a {type(layer).__name__} without a matrix of floating "
                 "point numbers: quantise the model without it (llm_int8_skip_modules and the like)"
             )
-        scale = 1.0
-        for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
-            scale *= _number(config, name) or 1.0
-        scaling = _number(config, "logits_scaling") or 1.0  # HyperCLOVA X multiplies by it, Granite divides
-        scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
-        caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-        cap = next((found for name in caps if (found := _number(config, name))), None)
+        scale, cap = scale_and_cap(config)
         return cls(weight.detach(), getattr(layer, "bias", None), scale, cap)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -66,11 +61,7 @@ class OutputLayer:
 
     def finish(self, z: Tensor) -> Tensor:
         """Return the logits of projected states: scaled and capped."""
-        if self.scale != 1.0:
-            z = z * self.scale
-        if self.soft_cap:
-            z = torch.tanh(z / self.soft_cap) * self.soft_cap
-        return z
+        return finish_logits(z, self.scale, self.soft_cap)
 
     def only(self, ids: Tensor) -> OutputLayer:
         """Return the layer that gives the logits of the tokens `ids` `[K]` alone, in their order."""
@@ -115,11 +106,6 @@ def logits_chunks(
             y = target[tokens].to(layer.weight.device)
             column = y if ids is None else (ids == y[:, None]).int().argmax(-1)
             yield LogitsChunk(tokens, part.logits(states[row[tokens]]), column, ids)
-
-
-def _number(config: Any, name: str) -> float | None:
-    value = getattr(config, name, None)
-    return float(value) if isinstance(value, int | float) else None
 
 
 # --- the model's own forward ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmrl.errors import UsageError
 from llmrl.hindsight.encode import Encoded
 from llmrl.hindsight.targets import NO_STATE, Backup
 
@@ -20,6 +21,7 @@ COLUMNS = {
     "to_go": torch.float32,
     "value_position": torch.long,
     "value_action": torch.long,
+    "value_discount": torch.float32,
 }
 
 
@@ -70,10 +72,38 @@ def _actions(examples: Sequence[dict[str, Any]], place: Sequence[int]) -> dict[s
         columns["next_position"] += [NO_STATE if p == NO_STATE else place[start + p] for p in back.next_position]
         columns["value_position"] += [place[start + p] for p in back.value_position]
         columns["value_action"] += [before + i for i in back.value_action]
-        for name in ("reward", "discount", "to_go"):
+        for name in ("reward", "discount", "to_go", "value_discount"):
             columns[name] += getattr(back, name)
         start += len(example["input_ids"])
     return {name: torch.tensor(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
+
+
+@torch.no_grad()
+def check_packing(model: Any, examples: Sequence[dict[str, Any]]) -> None:
+    """Compare the states of a dialogue that stands behind another in one row with those of the dialogue alone.
+
+    Args:
+        model: has `states` of a batch, such as `DialogueModel`.
+        examples: of `examples_of`.
+
+    Raises:
+        UsageError: they differ: the model's attention reads from one dialogue into the next.
+    """
+    two, training = list(examples[:2]), model.training
+    device = next(model.parameters()).device
+    model.eval()
+    packed, alone = (
+        model.states(
+            {key: value.to(device) for key, value in DialogueCollator(packing=packing)(two).items()}
+        ).policy.float()
+        for packing in (True, False)
+    )
+    model.train(training)
+    error = float((packed - alone).abs().max() / alone.abs().max())
+    if not error < (1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2):
+        raise UsageError(
+            "--packing: this model reads from one dialogue into the next one in a row; leave the option out"
+        )
 
 
 def examples_of(

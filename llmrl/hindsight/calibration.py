@@ -10,26 +10,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmrl.hindsight.encode import Encoded
 
 _LOW, _HIGH = 0.5, 95  # deviations below the mean, percentile above it
+_EQUAL = 1e-6  # of the largest: a spread below it is rounding
 
 
 @dataclass(frozen=True)
 class ToGo:
-    """What was earned from each of the agent's turns on.
+    """What was earned from each of the agent's turns on, and what can be.
 
     Attributes:
-        scale: what rewards are multiplied by in training; what is to go then has a standard deviation of 1.
-        least, most, mean, high: of what is to go, times `scale`; `high` is its 95th percentile.
+        scale: what rewards are multiplied by in training; what the tokens learn then has a standard deviation of 1.
+        mean, high: of what was to go at the turns, times `scale`; `high` is the 95th percentile.
+        least, most: what a dialogue as long as the longest can earn, times `scale`: the least and the most that any turn
+            earned, all along. Not what one dialogue did earn: the best of several may be put together.
     """
 
     scale: float
-    least: float
-    most: float
     mean: float
     high: float
+    least: float
+    most: float
 
 
 def to_go_of(rows: Sequence[Encoded], discount: float, unit: str) -> ToGo:
@@ -37,11 +41,23 @@ def to_go_of(rows: Sequence[Encoded], discount: float, unit: str) -> ToGo:
 
     With a deviation of 1, errors of Q and V weigh about as much in the loss as those of the policy beside them.
     """
-    values = np.array([value for row in rows for value in row.backup("turn", discount, unit).to_go])
-    spread = float(values.std())
-    scale = 1.0 / max(spread, 1e-8) if spread > 0 else 1.0
-    found = [values.min(), values.max(), values.mean(), np.percentile(values, _HIGH)]
+    backups = [row.backup("turn", discount, unit) for row in rows]
+    tokens = np.array([value for one in backups for value in one.to_go])
+    states = np.array([value for one in backups for value in one.state_to_go])
+    scale = 1.0 / _spread(tokens)
+    rewards = [span.reward for row in rows for span in row.spans]
+    longest = max(max(len(row.spans), len(row.turns)) for row in rows)
+    least = min(min(rewards), longest * min(rewards), float(tokens.min()))
+    most = max(max(rewards), longest * max(rewards), float(tokens.max()))
+    found = [states.mean(), np.percentile(states, _HIGH), least, most]
     return ToGo(scale, *(scale * float(value) for value in found))
+
+
+def _spread(values: NDArray[np.float64]) -> float:
+    """Return the standard deviation, or the size of values that are all the same but for rounding."""
+    largest = float(np.abs(values).max())
+    spread = float(values.std())
+    return spread if spread > _EQUAL * largest else largest or 1.0
 
 
 def alarms(value: float, to_go: ToGo) -> list[str]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llmrl.errors import DataError, UsageError
 from llmrl.intervals import draw_means, interval
 
-_SAME = ("env", "variant", "user", "seed", "episodes")
+_SAME = ("env", "variant", "user", "user_model", "seed", "episodes")
 _DRAWS = 5000
 
 

@@ -8,14 +8,14 @@ A file of dialogues is JSON lines of `Dialogue.to_json()`, of `Episode`s that an
     {"messages": [{"role": "user", "content": "..."}, ...], "rewards": [0.0, 1.0, ...], "done": true}
     {"messages": [...], "reward": 1.0}          # one number for the whole dialogue: the agent's last turn gets it
 
-Rows that cannot be learnt from are never dropped in silence: `read_dialogues` counts them, says why, and can write them aside.
+Rows that cannot be learnt from are never dropped in silence: `read_dialogues` counts them and says why, `write_aside` keeps
+them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from llmrl.jsonl import read_objects, write_objects
 from llmrl.types import ROLES, Episode, Message, Record, Turn
 
 AGENT = "assistant"
+_MOST_REWARD = 1e30  # squares of it still fit float64
 
 
 class BadDialogue(DataError):
@@ -146,6 +147,8 @@ def _check(dialogue: Dialogue) -> None:
     if not any(agent):
         raise BadDialogue("no agent turn", f"dialogue {name}: no turn of the agent (role {AGENT!r})")
     for i, message in enumerate(messages):
+        if any("\ud800" <= character <= "\udfff" for character in message.content):
+            raise BadDialogue("broken text", f"dialogue {name}: half of a surrogate pair in turn {i} ({message.role})")
         if not message.content.strip() and not message.tool_calls:
             raise BadDialogue("empty turn", f"dialogue {name}: turn {i} ({message.role}) is empty")
         if i and agent[i] and agent[i - 1]:
@@ -158,9 +161,10 @@ def _check(dialogue: Dialogue) -> None:
             f"dialogue {name}: {len(rewards)} rewards for {len(messages)} messages, expected one each",
         )
     for i, reward in enumerate(rewards):
-        if not isinstance(reward, int | float) or isinstance(reward, bool) or not abs(reward) <= sys.float_info.max:
+        if not isinstance(reward, int | float) or isinstance(reward, bool) or not abs(reward) <= _MOST_REWARD:
             raise BadDialogue(
-                "broken reward", f"dialogue {name}: reward {i} is {reward!r:.40}, expected a finite number"
+                "broken reward",
+                f"dialogue {name}: reward {i} is {reward!r:.40}, expected a finite number below {_MOST_REWARD:g} in size",
             )
         if reward and not agent[i]:
             raise BadDialogue(
@@ -196,12 +200,11 @@ class ReadDialogues:
             write_objects(path, rows)
 
 
-def read_dialogues(paths: Sequence[Path | str], *, aside: Path | str | None = None) -> ReadDialogues:
+def read_dialogues(paths: Sequence[Path | str]) -> ReadDialogues:
     """Read files of dialogues, in any of the three forms above.
 
     Args:
         paths: JSON lines, plain or gzipped.
-        aside: where rows that cannot be learnt from are written, with the reason; None writes none.
 
     Raises:
         UsageError: a file is not there.
@@ -227,8 +230,6 @@ def read_dialogues(paths: Sequence[Path | str], *, aside: Path | str | None = No
             seen[dialogue.id] = where
             found.append(dialogue)
     read = ReadDialogues(found, refused)
-    if aside is not None:
-        read.write_aside(aside)
     if not found:
         raise DataError(f"no dialogue to learn from in {', '.join(map(str, paths))}: {read.summary()}")
     return read
@@ -281,9 +282,11 @@ def _at_the_end(messages: Sequence[Any], reward: Any) -> tuple[Any, ...]:
 
 
 def _writable(value: Any) -> Any:
-    """Return a JSON value with numbers that JSON cannot hold as text."""
+    """Return a JSON value with numbers that JSON cannot hold as text, and halves of surrogate pairs spelled out."""
     if isinstance(value, Mapping):
-        return {key: _writable(v) for key, v in value.items()}
+        return {_writable(key): _writable(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_writable(v) for v in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

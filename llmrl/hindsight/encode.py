@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmrl.errors import DataError
-from llmrl.hindsight.dialogues import AGENT, Dialogue
+from llmrl.hindsight.dialogues import AGENT, BadDialogue, Dialogue, ReadDialogues
 from llmrl.hindsight.targets import Backup, Span, backup, turn_steps, turns_to_go
 from llmrl.rollout.logged import encode_messages
 from llmrl.types import Turn
@@ -110,13 +109,13 @@ def _segment(turns: Sequence[_Logged]) -> tuple[tuple[int, ...], tuple[Span, ...
 
 
 def encode_dialogues(
-    tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int, window: int | None = None, *, progress: bool = False
-) -> tuple[list[Encoded], list[tuple[str, str]]]:
-    """Return the dialogues that a model can read, and (id, why) of those it cannot; none is cut.
+    tokenizer: Any, read: ReadDialogues, max_length: int, window: int | None = None, *, progress: bool = False
+) -> tuple[list[Encoded], ReadDialogues]:
+    """Return the dialogues that a model can read as rows, and them and all those that are kept aside; none is cut.
 
     Args:
         tokenizer: with a chat template.
-        dialogues: as read.
+        read: what the files hold.
         max_length: the longest row in tokens.
         window: exchanges that the agent reads; None is the whole dialogue, one row each, else see `encode_parts`.
         progress: show a bar.
@@ -125,25 +124,22 @@ def encode_dialogues(
         DataError: none is left.
         ModelError: see `encode_dialogue`.
     """
-    kept: list[Encoded] = []
-    refused = []
-    for dialogue in tqdm(dialogues, desc="dialogues", unit="dialogue", disable=not progress, dynamic_ncols=True):
+    rows: list[Encoded] = []
+    kept, refused = [], list(read.refused)
+    for one in tqdm(read.dialogues, desc="dialogues", unit="dialogue", disable=not progress, dynamic_ncols=True):
         try:
-            rows = encode_parts(tokenizer, dialogue, window) if window else [encode_dialogue(tokenizer, dialogue)]
+            parts = encode_parts(tokenizer, one, window) if window else [encode_dialogue(tokenizer, one)]
+            longest = max(length for part in parts for length in part.lengths)
+            if longest > max_length:
+                raise BadDialogue("too long", f"dialogue {one.id}: {longest} tokens, expected at most {max_length}")
         except DataError as error:
-            refused.append((dialogue.id, str(error)))
+            reason = error.reason if isinstance(error, BadDialogue) else "cannot be written by this model"
+            refused.append((one.id, reason, str(error), one.to_json()))
             continue
-        if max(length for row in rows for length in row.lengths) > max_length:
-            refused.append((dialogue.id, f"longer than {max_length} tokens"))
-        else:
-            kept += rows
-    if not kept:
-        raise DataError(f"no dialogue can be read by this model: {refusals(refused)}")
-    return kept, refused
-
-
-def refusals(refused: Sequence[tuple[str, str]]) -> str:
-    """Return one line: how many dialogues were kept aside, by reason, with the first of each."""
-    reasons = Counter(why.removeprefix(f"dialogue {name}: ") for name, why in refused)
-    first = {why.removeprefix(f"dialogue {name}: "): name for name, why in reversed(refused)}
-    return "; ".join(f"{count} {why} (first {first[why]})" for why, count in reasons.most_common(3))
+        kept.append(one)
+        rows += parts
+    found = ReadDialogues(kept, refused)
+    if not rows:
+        words = "".join(f"\n{message}" for _, _, message, _ in refused[:1])
+        raise DataError(f"no dialogue can be read by this model: {found.summary()}{words}")
+    return rows, found

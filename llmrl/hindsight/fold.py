@@ -8,6 +8,7 @@ behaviour policy gives them, which has its tails too.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrl.base_model import BaseModel, load_base, load_tokenizer
+from llmrl.base_model import BaseModel, context_length, load_base, load_tokenizer
 from llmrl.config import to_flat
 from llmrl.errors import ModelError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
@@ -25,12 +26,13 @@ from llmrl.hindsight.encode import Encoded, encode_dialogues
 from llmrl.hindsight.model import DialogueModel
 from llmrl.hindsight.options import FoldConfig
 from llmrl.hindsight.policy import load_policy, value_config
-from llmrl.hindsight.policy_folder import HEAD_NAME, READS, VALUES, window_of
+from llmrl.hindsight.policy_folder import ASIDE, HEAD_NAME, READS, STALE, VALUES, read_reads
 from llmrl.training.run import write_model_card, write_run_files
 from llmrl.value_heads import ValueHead, fold_values, steer
 
 MOST_OFF_SUPPORT = 0.01
 _BATCH = 8
+_NO_LIMIT = 1 << 20  # but the model's own
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,13 @@ def fold(config: FoldConfig) -> Loss:
     beta = spec.beta if config.beta is None else config.beta
     head = load_policy(config.policy, dtype="float32", device="cpu").llmrl_heads[HEAD_NAME]
     base = load_base(config.policy, device="cpu", without_heads=True)
-    window = window_of(config.policy)
-    rows, _ = encode_dialogues(base.tokenizer, read_files(config.data, config.data_format).dialogues, 1 << 20, window)
+    read = read_files(config.data, config.data_format)
+    rows, read = encode_dialogues(
+        base.tokenizer, read, context_length(base.model, base.tokenizer, _NO_LIMIT), read_reads(config.policy).window
+    )
     lost = measure(base.model, head, beta, spec.support, rows)
     if not config.quiet:
+        print(read.summary(), flush=True)
         print(
             f"beta {beta:g}, {lost.tokens} tokens of held-out dialogues: {lost.off_support:.2%} of the probability lies off "
             f"the support (of the behaviour policy's {lost.of_behaviour:.2%}); the mean of both heads differs from their min "
@@ -87,12 +92,12 @@ def fold(config: FoldConfig) -> Loss:
         )
     with staging_folder(folder) as staging:
         write_folded(base, head, beta, staging)
-        if window is not None:
-            write_json(staging / READS, {"window": window})
+        shutil.copyfile(Path(config.policy).expanduser() / READS, staging / READS)
+        read.write_aside(staging / ASIDE)
         write_json(staging / "report.json", {"beta": beta, **asdict(lost)})
         write_run_files(staging, to_flat(config))
         _card(staging, config, beta, lost)
-        publish_folder(staging, folder, stale=())
+        publish_folder(staging, folder, stale=STALE)
     if not config.quiet:
         print(f"a plain checkpoint: vllm serve {folder}\n{folder}", flush=True)
     return lost
@@ -110,6 +115,7 @@ def _card(staging: Path, config: FoldConfig, beta: float, lost: Loss) -> None:
 @torch.inference_mode()
 def measure(model: Any, head: ValueHead, beta: float, support: float, rows: list[Encoded]) -> Loss:
     """Return what a fold loses on dialogues."""
+    dtype = next(model.parameters()).dtype
     wrapped = DialogueModel(model.float(), None)
     collate, off, own, gap, count = DialogueCollator(), 0.0, 0.0, 0.0, 0
     for start in range(0, len(rows), _BATCH):
@@ -123,6 +129,7 @@ def measure(model: Any, head: ValueHead, beta: float, support: float, rows: list
         own += float(logits.softmax(-1).masked_fill(kept, 0.0).sum())
         gap += float((folded - steered).abs().sum()) / 2
         count += len(states)
+    model.to(dtype)
     return Loss(off / count, own / count, gap / count, count)
 
 

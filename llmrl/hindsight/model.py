@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.base_model import bare_model
-from llmrl.errors import CheckpointError, UsageError
+from llmrl.errors import CheckpointError, ModelError, UsageError
 from llmrl.heads_forward import decoder_of, states_of
 from llmrl.hindsight.losses import polyak
+from llmrl.logit_scale import finish_logits, scale_and_cap
 from llmrl.value_heads import ValueHead
 
 TRUNKS = ("shared", "separate")
@@ -57,7 +58,18 @@ class DialogueModel(nn.Module):
         self.policy, self.head = policy, head
         self.target = None if head is None else copy.deepcopy(head).requires_grad_(False)
         self.values = trainable_copy(policy) if trunk == "separate" and head is not None else None
+        self._freeze_unused()
         self._output = [bare_model(policy).get_output_embeddings()]  # in a list: no second submodule
+
+    def _freeze_unused(self) -> None:
+        """Take what no loss reaches out of training: processes would wait for its gradient."""
+        if self.values is None:
+            return
+        bare = bare_model(self.values)
+        output, embedding = bare.get_output_embeddings(), bare.get_input_embeddings()
+        own = {id(p) for p in embedding.parameters()}
+        for parameter in output.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in own)
 
     def states(self, batch: dict[str, Tensor]) -> ActionStates:
         """Return the states of a batch of `llmrl.hindsight.batches.DialogueCollator`."""
@@ -68,10 +80,28 @@ class DialogueModel(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the policy's logits `[N, V]` float32 of its states."""
+        config = bare_model(self.policy).config.get_text_config(decoder=True)
+        return finish_logits(self._output[0](states).float(), *scale_and_cap(config))
+
+    @torch.no_grad()
+    def check_logits(self, ids: list[int]) -> None:
+        """Compare `logits` with what the model's own forward gives.
+
+        Raises:
+            ModelError: they differ: this architecture does something to its states or logits that llmrl does not know.
+        """
         bare = bare_model(self.policy)
-        logits = self._output[0](states).float()
-        cap = getattr(bare.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        training, row = bare.training, torch.tensor([ids], device=next(bare.parameters()).device)
+        bare.eval()
+        wanted = bare(row, use_cache=False).logits[0].float()
+        found = self.logits(_states(self.policy, {"input_ids": row}))
+        bare.train(training)
+        error = float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1e-6))
+        if not error <= (1e-3 if next(bare.parameters()).dtype == torch.float32 else 5e-2):
+            raise ModelError(
+                f"{type(bare).__name__} computes its logits in a way llmrl does not know (relative error {error:.1e}): "
+                "please report the architecture"
+            )
 
     def forward(self, **batch: Tensor) -> ActionStates:
         """Return `states`."""

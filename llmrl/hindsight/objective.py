@@ -101,9 +101,8 @@ def sums_of(forward: Any, model: DialogueModel, batch: dict[str, Tensor], object
             return Sums(nll.sum(), zero, zero, zero, watched)
         v = model.head.v(states.value)
         if objective.method == "awr":
-            to_go = batch["to_go"][batch["value_action"]]
-            baseline = _value_of_turns(v, batch)
-            weights = awr_weights(batch["to_go"] - baseline, objective.awr_temperature)
+            to_go = _state_to_go(batch)
+            weights = awr_weights((to_go - v)[_states_of_actions(batch)], objective.awr_temperature)
             watched |= _watched(v, batch, None)
             return Sums((weights * nll).sum(), zero, (v - to_go).square().sum(), zero, watched)
         q = model.head.q_of(states.action, batch["token"])
@@ -128,22 +127,26 @@ def _v_errors(
 ) -> Tensor:
     chosen = batch["value_action"]
     if objective.method == "mc":
-        return (v - batch["to_go"][chosen]).square()
+        return (v - _state_to_go(batch)).square()
     assert model.target is not None
     with torch.no_grad():
         slow = model.target.q_of(action[chosen], batch["token"][chosen]).amin(0)
-    return expectile_loss(slow - v, objective.expectile)
+    return expectile_loss(batch["value_discount"] * slow - v, objective.expectile)
 
 
-def _value_of_turns(v: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Return, for every action, V of the last state before or at it where V is learnt: the beginning of its turn, or itself."""
-    place = torch.searchsorted(batch["value_position"], batch["position"], right=True) - 1
-    return v.detach()[place]
+def _state_to_go(batch: dict[str, Tensor]) -> Tensor:
+    """Return what was earned from each state on where V is learnt, `[M]`."""
+    return batch["to_go"][batch["value_action"]] * batch["value_discount"]
+
+
+def _states_of_actions(batch: dict[str, Tensor]) -> Tensor:
+    """Return, for every action, the last state before or at it where V is learnt: the beginning of its turn, or itself."""
+    return torch.searchsorted(batch["value_position"], batch["position"], right=True) - 1
 
 
 @torch.no_grad()
 def _watched(v: Tensor, batch: dict[str, Tensor], q: Tensor | None) -> dict[str, Tensor]:
     """Return sums over states where V is learnt: V, what was earned from there on, and Q of what was done."""
     chosen = batch["value_action"]
-    found = {"value": v.sum(), "earned": batch["to_go"][chosen].sum(), "states": v.new_tensor(float(len(v)))}
+    found = {"value": v.sum(), "earned": _state_to_go(batch).sum(), "states": v.new_tensor(float(len(v)))}
     return found if q is None else {**found, "q": q[:, chosen].amin(0).sum()}

@@ -83,6 +83,8 @@ class TrainConfig:
         for name in ("discount", "support"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.packing and self.method == "dpo":
+            raise UsageError("--packing is of dialogues; --method dpo learns from pairs of turns")
         if not 0 < self.expectile < 1 or not 0 < self.share <= 1 or not 0 < self.polyak <= 1:
             raise UsageError(
                 f"expected --expectile between 0 and 1 and --share and --polyak above 0 and at most 1, got {self.expectile}, "
@@ -109,7 +111,6 @@ class EvalConfig:
         None,
         help="sample this many turns and say the one of the highest value (with --beta 0: from the behaviour policy)",
     )
-    rerank_by: str = option("turn", choices=("turn", "token"), help="--backup of the training")
     window: int | None = option(None, help="see train (default: what the folder says)")
     greedy: bool = option(False, help="take the likeliest token")
     temperature: float = option(1.0, help="of sampling, on top of beta")
@@ -183,7 +184,10 @@ class FoldConfig:
     output_dir: str = option(help="the plain checkpoint to write")
     data_format: str = option("dialogues", choices=_FORMATS, help="see train")
     beta: float | None = option(None, help="how far Q moves the policy, for good (default: what the folder says)")
-    force: bool = option(False, help="also where more than 1% of the probability lies off the support")
+    force: bool = option(
+        False,
+        help="also where more than 1% of the probability, beside the behaviour policy's own, lies off the support",
+    )
     seed: int = option(0, help="nothing is drawn; taken for uniformity")
     overwrite: bool = option(False, help="replace what is in --output_dir")
     quiet: bool = option(False, help="print errors only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from llmrl.base_model import open_causal_lm
 from llmrl.errors import ModelError, UsageError
-from llmrl.heads import HeadsConfig
+from llmrl.heads import CONFIG_KEY, HeadsConfig, asked_steering
 from llmrl.heads_forward import decoder_of, states_of
 from llmrl.hindsight.policy_folder import VALUES
 from llmrl.logits_heads import apply_logits_heads
@@ -32,12 +33,27 @@ def value_config(policy: Path | str) -> HeadsConfig | None:
     if not folder.is_dir():
         return None
     try:
-        config = read_heads_config(folder)
-    except ModelError:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} is no model: {error}") from None
+    if CONFIG_KEY not in fields:
         return None
+    config = read_heads_config(folder)
     if [spec.kind for spec in config.heads.values()] != ["value"]:
         raise ModelError(f"{policy} carries heads that are no values: expected a folder of llmrl hindsight train")
     return config
+
+
+def steering_of(policy: Path | str, beta: float | None, support: float | None) -> tuple[float, float] | None:
+    """Return the beta and support that a policy is played with here, see `asked_steering`; None of one without values.
+
+    Raises:
+        ModelError: see `value_config`.
+    """
+    config = value_config(policy)
+    if config is None:
+        return None
+    return asked_steering(next(iter(config.heads.values())), {"beta": beta, "support": support})
 
 
 def open_policy(
@@ -53,7 +69,8 @@ def open_policy(
 
     Args:
         policy: a folder of `llmrl hindsight train`, or any model.
-        beta, support: of its value head; None takes what the folder says. 0 is the behaviour policy.
+        beta, support: of its value head; None takes LLMRL_BETA and LLMRL_SUPPORT, else what the folder says. A beta of 0 is
+            the behaviour policy.
         rollout_backend, server_url, options: of `llmrl.rollout.backends.open_engine`.
 
     Raises:
@@ -79,10 +96,11 @@ def open_policy(
         raise UsageError(
             "a server has its own beta and support: start it with LLMRL_BETA and LLMRL_SUPPORT, and leave them out here"
         )
-    if not given and not separate:
+    if name == "server" or head is None:
         return open_engine(policy, rollout_backend=name, server_url=urls, **options)
+    beta, support = steering_of(policy, beta, support) or (None, None)
     if name == "vllm":
-        overrides = {f"llmrl_{key}": value for key, value in given.items()}
+        overrides = {"llmrl_beta": beta, "llmrl_support": support}
         return open_engine(policy, rollout_backend=name, hf_overrides=overrides, **options)
     dtype = options.get("dtype", "auto")
     loaded = load_policy(folder if folder.is_dir() else policy, dtype=dtype, beta=beta, support=support)

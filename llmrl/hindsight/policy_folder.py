@@ -4,7 +4,7 @@
     ilql, mc, shared trunk       a folder of llmrl: the trained model and its value head, whose Q moves the logits by beta
     ilql, mc, separate trunk     a plain checkpoint of the policy, and in `values/` such a folder of the other trunk
 
-`dialogue.json` says how much of a dialogue the policy reads, where that is not all of it.
+`dialogue.json` says how much of a dialogue the policy reads, and by which backup its values were learnt.
 
 Q and V are stored in the units of the rewards, whatever they were scaled by in training. A folder gets its name after it was
 opened again and gave the logits that the model gave before it was written.
@@ -12,6 +12,7 @@ opened again and gave the logits that the model gave before it was written.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import tempfile
@@ -25,13 +26,19 @@ from torch import Tensor, nn
 from llmrl.base_model import load_tokenizer, reference_for
 from llmrl.errors import ModelError
 from llmrl.files import write_json
-from llmrl.heads import HeadsConfig, HeadSpec
+from llmrl.heads import VALUES, HeadsConfig, HeadSpec
 from llmrl.hindsight.model import DialogueModel
+from llmrl.hindsight.targets import BACKUPS
 from llmrl.modeling import save_heads_folder
 from llmrl.value_heads import ValueHead, steer
 
-VALUES, HEAD_NAME, METHOD = "values", "value", "hindsight"
-READS = "dialogue.json"
+HEAD_NAME, METHOD = "value", "hindsight"
+READS, ASIDE = "dialogue.json", "kept_aside.jsonl"
+# what another run may have left in a folder, and this one would be opened with
+STALE = (
+    "checkpoint-*", "metrics.jsonl", "timings.jsonl", "*.safetensors*", "adapter_*", "llmrl_*", "configuration_*", "modeling_*",
+    VALUES, READS, ASIDE,
+)  # fmt: skip
 # largest difference of a logit, in units of the spread of logits; in 16 bits a merged adapter is rounded
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 
@@ -55,6 +62,7 @@ def save_policy(
     support: float,
     probe: list[int],
     window: int | None = None,
+    backup: str = "turn",
 ) -> Saved:
     """Write a policy into an existing folder, open it again and compare.
 
@@ -67,6 +75,7 @@ def save_policy(
         beta, support: of the value head where nothing else is said.
         probe: ids of a dialogue, by which both are compared.
         window: exchanges that the policy reads; None is all.
+        backup: of the values.
 
     Raises:
         ModelError: what was written does not give the same logits.
@@ -74,8 +83,9 @@ def save_policy(
     model = model.cpu().eval()
     head = None if model.head is None or not steered else in_units_of_rewards(model.head, scale, beta, support)
     wanted = _logits(model, head, probe)
+    # adapters of two trunks stand on one frozen base, which merging the first would change under the second
+    values = None if model.values is None or head is None else _merged(copy.deepcopy(model.values))
     policy = _merged(model.policy)
-    values = None if model.values is None or head is None else _merged(model.values)
     if head is not None and values is None:
         _save_with_head(policy, tokenizer, head, folder)
     else:
@@ -84,8 +94,7 @@ def save_policy(
         if head is not None:
             (folder / VALUES).mkdir()
             _save_with_head(values, tokenizer, head, folder / VALUES)
-    if window is not None:
-        write_json(folder / READS, {"window": window})
+    write_json(folder / READS, {"window": window, "backup": backup})
     dtype = next(policy.parameters()).dtype
     del model, policy, values
     gc.collect()
@@ -98,22 +107,32 @@ def save_policy(
     return Saved(folder, difference)
 
 
-def window_of(policy: Path | str) -> int | None:
-    """Return how many exchanges a policy reads, None of one that reads all, or that is no folder of ours.
+@dataclass(frozen=True)
+class Reads:
+    """What `dialogue.json` says: the exchanges that a policy reads, None for all, and the backup of its values."""
+
+    window: int | None = None
+    backup: str = "turn"
+
+
+def read_reads(policy: Path | str) -> Reads:
+    """Return what a policy's folder says of how it is to be played; the defaults where it is no folder of ours.
 
     Raises:
-        ModelError: `dialogue.json` says something else than a number.
+        ModelError: `dialogue.json` says something else.
     """
     path = Path(policy).expanduser() / READS
     if not path.is_file():
-        return None
+        return Reads()
     try:
-        window = json.loads(path.read_text(encoding="utf-8"))["window"]
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        window, backup = fields["window"], fields.get("backup", "turn")
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{path}: expected an object with a window ({error!r:.80})") from None
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise ModelError(f"{path}: expected a window of 1 exchange or more, got {window!r:.40}")
-    return window
+        raise ModelError(f"{path}: expected an object with a window and a backup ({error!r:.80})") from None
+    whole = window is None or (isinstance(window, int) and not isinstance(window, bool) and window >= 1)
+    if not whole or backup not in BACKUPS:
+        raise ModelError(f"{path}: expected a window of 1 exchange or more or null, and a backup, got {fields!r:.80}")
+    return Reads(window, backup)
 
 
 def in_units_of_rewards(head: ValueHead, scale: float, beta: float, support: float) -> ValueHead:

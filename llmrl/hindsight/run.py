@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from llmrl.base_model import BaseModel, context_length, default_device, load_bas
 from llmrl.config import to_flat
 from llmrl.errors import DistributedError, Interrupted, OutputError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
-from llmrl.hindsight.batches import DialogueCollator, examples_of
+from llmrl.hindsight.batches import DialogueCollator, check_packing, examples_of
 from llmrl.hindsight.calibration import ToGo, alarms, to_go_of
 from llmrl.hindsight.datasets import read_files
-from llmrl.hindsight.encode import Encoded, encode_dialogues, refusals
+from llmrl.hindsight.dialogues import Dialogue
+from llmrl.hindsight.encode import Encoded, encode_dialogues
 from llmrl.hindsight.model import DialogueModel, make_trainable
 from llmrl.hindsight.objective import VALUED, Objective
 from llmrl.hindsight.options import TrainConfig
-from llmrl.hindsight.policy_folder import save_policy, value_spec
+from llmrl.hindsight.policy_folder import ASIDE, STALE, save_policy, value_spec
 from llmrl.hindsight.preferences import PairCollator, add_reference, pair_examples, turn_pairs
 from llmrl.hindsight.settings import learning_rates, training_arguments
 from llmrl.hindsight.trainer import DialogueTrainer
@@ -38,8 +40,7 @@ from llmrl.training.run_callback import RunFilesCallback
 from llmrl.training.tracking import check_tracker
 from llmrl.value_heads import ValueHead, initialise_values
 
-STALE = ("checkpoint-*", "metrics.jsonl", "timings.jsonl")
-ASIDE = "kept_aside.jsonl"
+_PROBE = 256  # tokens; logits over a large vocabulary are compared on a CPU
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -57,13 +58,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _check_start(config, work_dir)
     read = read_files(config.data, config.data_format)
     base = load_base(config.model, dtype=_dtype(config), revision=config.revision)
-    longest = min(config.max_length or sys.maxsize, context_length(base.model, base.tokenizer))
+    longest = context_length(base.model, base.tokenizer, config.max_length)
     shown = is_main_process() and not config.quiet
-    rows, too_long = encode_dialogues(base.tokenizer, read.dialogues, longest, config.window, progress=shown)
+    rows, read = encode_dialogues(base.tokenizer, read, longest, config.window, progress=shown)
     if shown:
         print(read.summary(), flush=True)
-        if too_long:
-            print(f"{len(too_long)} more kept aside: {refusals(too_long)}", flush=True)
+        _tell_cut_off(config, read.dialogues)
     used = best(rows, config.share) if config.method == "filtered-bc" else rows
     to_go = to_go_of(used, config.discount, config.discount_unit)
     trainer = _trainer(config, base, used, to_go, work_dir)
@@ -71,10 +71,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _run(trainer, config)
     if not trainer.is_world_process_zero():
         return {}
-    last, aside = _last(work_dir), len(read.refused) + len(too_long)
+    last = _last(work_dir)
     report = {
         "method": config.method,
-        "dialogues": {"read": len(read.dialogues), "kept_aside": aside, "used": len({row.id for row in used})},
+        "dialogues": {
+            "read": len(read.dialogues),
+            "kept_aside": len(read.refused),
+            "kept_aside_by_reason": dict(Counter(reason for _, reason, _, _ in read.refused)),
+            "cut_off": sum(dialogue.truncated for dialogue in read.dialogues),
+            "used": len({row.id for row in used}),
+        },
         "returns": _summary(list({row.id: row.total for row in rows}.values())),
         "reward_scale": to_go.scale,
         "steps": trainer.state.global_step,
@@ -84,8 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     }
     with staging_folder(folder) as staging:
         read.write_aside(staging / ASIDE)
-        probe = max((list(row.input_ids[: row.lengths[0]]) for row in used[:32]), key=len)
-        _write(staging, folder.name, config, trainer.model, base.tokenizer, probe, report)
+        _write(staging, folder.name, config, trainer.model, base.tokenizer, _probe(used), report)
         for name in ("metrics.jsonl", "timings.jsonl"):
             if (work_dir / name).is_file():
                 shutil.copyfile(work_dir / name, staging / name)
@@ -98,6 +103,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
         print(f"{config.method} on {learnt} dialogues, {report['steps']} steps, {report['seconds']:.0f} s", flush=True)
         print(folder, flush=True)
     return report
+
+
+def _probe(rows: Sequence[Encoded]) -> list[int]:
+    """Return ids of a dialogue to compare logits on."""
+    return max((list(row.input_ids[: min(row.lengths[0], _PROBE)]) for row in rows[:32]), key=len)
+
+
+def _tell_cut_off(config: TrainConfig, dialogues: Sequence[Dialogue]) -> None:
+    cut = sum(dialogue.truncated for dialogue in dialogues)
+    if cut and config.method not in ("ilql", "bc"):
+        print(
+            f"{cut} of {len(dialogues)} dialogues were cut off: {config.method} takes what they earned up to there for all "
+            "that they would have earned; ilql bootstraps",
+            flush=True,
+        )
 
 
 def _write(
@@ -120,6 +140,7 @@ def _write(
         support=config.support,
         probe=probe,
         window=config.window,
+        backup=config.backup,
     )
     report["difference"] = saved.difference
     write_json(staging / "report.json", report)
@@ -169,8 +190,12 @@ def _trainer(
     if objective.needs_values:
         head = ValueHead(value_spec(base.model, config.head, config.head_size))
         initialise_values(head, torch.Generator().manual_seed(config.seed))
+        if config.method == "awr":  # V alone is learnt
+            for parameter in head.q_parameters():
+                parameter.requires_grad_(False)
     size = sum(p.numel() for p in base.model.parameters())
     model = DialogueModel(make_trainable(base.model, config.tuning, config.lora_r, config.seed), head, config.trunk)
+    model.check_logits(_probe(rows))
     examples, collator = _data(config, model, rows, to_go.scale)
     rate, heads_rate = learning_rates(config, size)
     options = to_flat(config)
@@ -203,7 +228,10 @@ def _data(
     """Return what is dealt out, and how it is collated."""
     if config.method != "dpo":
         examples = examples_of(rows, config.backup, config.discount, config.discount_unit, scale)
-        return examples, DialogueCollator(packing=config.packing)
+        collator = DialogueCollator(packing=config.packing)
+        if config.packing:
+            check_packing(model, examples)
+        return examples, collator
     pairs = pair_examples(turn_pairs(rows, config.discount, config.discount_unit))
     add_reference(model, pairs, config.micro_batch_size or config.batch_size, default_device())
     return pairs, PairCollator()
@@ -253,12 +281,14 @@ def _card(staging: Path, name: str, config: TrainConfig, report: dict[str, Any])
         f"A policy for dialogues, trained by {config.method} on {report['dialogues']['used']} logged dialogues of a mean "
         f"return of {report['returns']['mean']:.3g}."
     )
+    separate = config.trunk == "separate" and config.method in VALUED
+    serve = "" if separate else f"    llmrl serve {name}\n"
+    reads = f"\nIt reads the last {config.window} exchanges: ask it with no more messages.\n" if config.window else ""
     body = f"""
 ## Use
 
-    llmrl serve {name}
-    llmrl hindsight eval --policy {name} --env ENV --episodes 200 --output_dir report
-"""
+{serve}    llmrl hindsight eval --policy {name} --env ENV --episodes 200 --output_dir report
+{reads}"""
     write_model_card(
         staging, title="Dialogue policy", base_model=config.model, summary=summary, body=body, tags=["offline-rl"]
     )

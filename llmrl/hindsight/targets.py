@@ -4,7 +4,8 @@ A state is what the model has read so far; its hidden state stands at the positi
 of the agent. Everybody else's tokens are the world: they are passed over, not discounted and not learnt.
 
     turn backup    every token of the agent's turn k learns r_k + gamma V(first state of turn k + 1). V is learnt at first
-                   states, from Q of the whole turn, that is, of its last token.
+                   states, from Q of the whole turn, that is, of its last token (times gamma for each token before it, where
+                   gamma counts tokens).
     token backup   a token learns gamma V(next state); the last one of the turn r_k + gamma V(first state of turn k + 1). V is
                    learnt at every state, from Q of the token that was chosen there (Snell et al., arXiv 2206.11871).
 
@@ -50,6 +51,8 @@ class Backup:
         to_go: all that was earned from the action on, discounted: what Monte-Carlo learns.
         value_position: `[M]` of the states where V is learnt.
         value_action: `[M]`, the action whose Q it is learnt from.
+        value_discount: `[M]`, what lies between the two: gamma for each token of the turn before its last, where gamma counts
+            tokens.
     """
 
     position: tuple[int, ...]
@@ -60,6 +63,13 @@ class Backup:
     to_go: tuple[float, ...]
     value_position: tuple[int, ...]
     value_action: tuple[int, ...]
+    value_discount: tuple[float, ...]
+
+    @property
+    def state_to_go(self) -> tuple[float, ...]:
+        """`[M]`, what was earned from each state on where V is learnt, discounted."""
+        pairs = zip(self.value_action, self.value_discount, strict=True)
+        return tuple(discount * self.to_go[action] for action, discount in pairs)
 
     def scaled(self, factor: float) -> Backup:
         """Return it with all rewards times a number."""
@@ -95,7 +105,7 @@ def backup(
     to_go = turns_to_go(spans, discount, unit, later)
     per_token = discount if unit == "token" else 1.0
     per_turn = discount if unit == "turn" else 1.0
-    columns: dict[str, list[float]] = {name: [] for name in ("reward", "discount", "to_go")}
+    columns: dict[str, list[float]] = {name: [] for name in ("reward", "discount", "to_go", "value_discount")}
     indices: dict[str, list[int]] = {
         name: [] for name in ("position", "turn", "next_position", "value_position", "value_action")
     }
@@ -118,6 +128,7 @@ def backup(
             if kind == "token" or i == 0:
                 indices["value_position"].append(token - 1)
                 indices["value_action"].append(first + i if kind == "token" else end)
+                columns["value_discount"].append(1.0 if kind == "token" else per_token**ahead)
     return Backup(**{name: tuple(values) for name, values in {**columns, **indices}.items()})  # type: ignore[arg-type]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from llmrl.errors import LlmrlError
 from llmrl.hindsight.objective import Objective, sums_of
 from llmrl.hindsight.preferences import pair_losses
 from llmrl.training.trained_state import TrainedStateTrainer
@@ -82,6 +83,11 @@ class DialogueTrainer(TrainedStateTrainer):
             names = sorted(self._sums)
             total = torch.stack([self._sums[name] for name in names]).to(self.args.device)
             total = self.accelerator.reduce(total, reduction="sum").cpu()
+            if not bool(total.isfinite().all()):
+                raise LlmrlError(
+                    f"the loss is not finite at step {self.state.global_step}: the training has diverged; begin anew with a "
+                    "lower --lr or --heads_lr"
+                )
             logs = {**logs, **_means(dict(zip(names, total.tolist(), strict=True)))}
             self._sums = None
         super().log(logs, start_time)

@@ -23,7 +23,7 @@ class LoggedConversation(Conversation):
         """Record an answer that was logged; it follows `prompt`.
 
         Raises:
-            DataError: decoding its tokens does not give the text back.
+            DataError: decoding its tokens does not give the text back, or it holds a control token.
             ModelError: the template ends an answer with no control token, so a policy could not stop.
         """
         step = self._steps.get(True)
@@ -42,6 +42,10 @@ class LoggedConversation(Conversation):
 
     def _said(self, text: str) -> list[int]:
         """Return the tokens of an answer: as they follow other text, or, where that cannot be told, as they stand alone."""
+        if names := self._control_names(text):
+            raise DataError(
+                f"an answer holds the control token {min(names)!r}, which would end or begin a turn: take it out"
+            )
         newline = self._plain_ids("\n")
         follows, alone = self._ids_after_text(text), self._plain_ids(text)
         before = self._decode(newline)

@@ -90,10 +90,10 @@ def has_heads(folder: Path) -> bool:
     """Tell a folder with llmrl's heads from a plain model; refuse a folder that is neither.
 
     Raises:
-        ModelError: no configuration, or no weights.
+        ModelError: no configuration, no weights, or values that vLLM cannot run.
     """
     from llmrl.base_model import check_model_folder
-    from llmrl.heads import CONFIG_KEY
+    from llmrl.heads import CONFIG_KEY, has_value_trunk
 
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -102,6 +102,11 @@ def has_heads(folder: Path) -> bool:
     if CONFIG_KEY in found:
         return True
     check_model_folder(folder)
+    if has_value_trunk(folder):
+        raise ModelError(
+            f"{folder} is a policy whose values have a trunk of their own, which vLLM does not run beside the policy's: served "
+            "like this it would be the behaviour policy alone; train with --trunk shared, or play it with llmrl hindsight eval"
+        )
     return False
 
 

@@ -16,9 +16,7 @@ V2's sharded sampling calls, is overridden for them.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from llmrl.errors import ModelError
 from llmrl.fingerprints import check_weights
 from llmrl.heads import PREFIX as HEAD_PREFIX
-from llmrl.heads import HeadsConfig, HeadSpec, build_heads
+from llmrl.heads import HeadsConfig, HeadSpec, asked_steering, build_heads
 from llmrl.logits_heads import TransformerTemperatureHead, VectorHead, apply_logits_heads
 from llmrl.reward_heads import RewardHead
 from llmrl.serving.plugin import CAUSAL, POOLING, PREFIX, pooling_name
@@ -94,25 +92,14 @@ class _HeadsMixin:
 
 
 def steering(spec: HeadSpec, hf_config: Any) -> tuple[float, float]:
-    """Return beta and support of a value head as they were asked for when the model was loaded.
+    """Return beta and support as they were asked for when the model was loaded.
 
-    Either is the first of: `llmrl_beta` among the overrides of the configuration (`--hf-overrides '{"llmrl_beta": 4}'`), the
-    environment variable LLMRL_BETA, what the folder says. Likewise `llmrl_support` and LLMRL_SUPPORT.
+    `--hf-overrides '{"llmrl_beta": 4}'` goes first, then what `llmrl.heads.asked_steering` looks at; likewise `llmrl_support`.
 
     Raises:
         ModelError: one is out of range.
     """
-    given = {"beta": spec.beta, "support": spec.support}
-    for name in given:
-        asked = getattr(hf_config, f"llmrl_{name}", None)
-        asked = os.environ.get(f"LLMRL_{name.upper()}") if asked is None else asked
-        if asked is not None:
-            try:
-                given[name] = float(asked)
-            except (TypeError, ValueError):
-                raise ModelError(f"expected a number for llmrl_{name}, got {asked!r:.40}") from None
-    spec = replace(spec, beta=given["beta"], support=given["support"])
-    return spec.beta, spec.support
+    return asked_steering(spec, {name: getattr(hf_config, f"llmrl_{name}", None) for name in ("beta", "support")})
 
 
 _TAU_COLUMNS = 3

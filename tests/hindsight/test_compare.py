@@ -46,7 +46,16 @@ def test_returns_of_other_episodes_are_refused(others):
         paired_difference([1.0], others)
 
 
-REPORT = {"env": "maze", "variant": None, "user": None, "seed": 0, "episodes": 3, "returns": [1, 2, 3], "policy": "p"}
+REPORT = {
+    "env": "maze",
+    "variant": None,
+    "user": None,
+    "user_model": None,
+    "seed": 0,
+    "episodes": 3,
+    "returns": [1, 2, 3],
+    "policy": "p",
+}
 
 
 def test_a_report_is_read_and_compared_with_what_will_be_played(tmp_path):
@@ -68,21 +77,33 @@ TALKS = [
 WORDS = word_tokenizer(m.content for talk in TALKS for m in talk.messages)
 
 
-def test_what_is_to_go_is_scaled_to_a_deviation_of_1():
-    to_go = np.array([1 + 0.5 * 3, 3.0, -2.0])  # of each turn, at its first and every other token
+def test_what_the_tokens_learn_is_scaled_to_a_deviation_of_1():
+    to_go = np.array([1 + 0.5 * 3, 3.0, -2.0])  # of each turn, at every token of it
     rows = [encode_dialogue(WORDS, talk) for talk in TALKS]
     tokens = [span.stop - span.start for row in rows for span in row.spans]
     values = np.repeat(to_go, tokens)
     found = to_go_of(rows, 0.5, "turn")
     assert found.scale == pytest.approx(1 / values.std())
-    assert (found.least, found.most) == pytest.approx((-2.0 * found.scale, 3.0 * found.scale))
-    assert found.mean == pytest.approx(values.mean() * found.scale)
+    assert found.mean == pytest.approx(to_go.mean() * found.scale)  # a turn counts once, however long
     assert to_go_of([part for talk in TALKS for part in encode_parts(WORDS, talk, 1)], 0.5, "turn") == found
 
 
-def test_rewards_that_are_all_the_same_keep_their_scale():
-    rows = [encode_dialogue(WORDS, dialogue("a", "One.", "Two.", rewards=(4.0,)))]
-    assert to_go_of(rows, 1.0, "turn").scale == 1.0
+def test_what_can_be_earned_is_more_than_one_dialogue_did():
+    """The best turn earned 3, the worst lost 2, and the longest dialogue has two of them."""
+    found = to_go_of([encode_dialogue(WORDS, talk) for talk in TALKS], 1.0, "turn")
+    assert (found.least, found.most) == pytest.approx((-4.0 * found.scale, 6.0 * found.scale))
+    losses = [dialogue("c", "One.", "Two.", "Three.", "Four.", rewards=(-1.0, -3.0))]
+    found = to_go_of([encode_dialogue(WORDS, talk) for talk in losses], 1.0, "turn")
+    assert (found.least, found.most) == pytest.approx((-6.0 * found.scale, -1.0 * found.scale))
+
+
+@pytest.mark.parametrize("reward", [4.0, 0.1, 0.7, -1e-3, 1000.0, 1e29])
+def test_rewards_that_are_all_the_same_become_1(reward):
+    """0.1 has no exact mean in binary: what its spread is made of is rounding."""
+    rows = [encode_dialogue(WORDS, dialogue(f"d{i}", "One.", "Two.", rewards=(reward,))) for i in range(41)]
+    assert to_go_of(rows, 1.0, "turn").scale == pytest.approx(1 / abs(reward))
+    nothing = [encode_dialogue(WORDS, dialogue("a", "One.", "Two."))]
+    assert to_go_of(nothing, 1.0, "turn").scale == 1.0
 
 
 @pytest.mark.parametrize(
@@ -90,6 +111,6 @@ def test_rewards_that_are_all_the_same_keep_their_scale():
     [(-1.0, []), (0.2, []), (1.4, []), (-1.6, ["that was earned"]), (1.6, ["95% of all turns stay below"])],
 )
 def test_values_that_cannot_be_right(value, says):
-    found = alarms(value, ToGo(scale=0.5, least=-4.0, most=3.0, mean=-1.0, high=1.5))
+    found = alarms(value, ToGo(scale=0.5, mean=-1.0, high=1.5, least=-4.0, most=3.0))
     assert [text in told for text, told in zip(says, found, strict=True)] == [True] * len(says)
     assert all(f"V is {value / 0.5:.3g} on average" in told for told in found)

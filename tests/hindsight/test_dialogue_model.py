@@ -3,14 +3,16 @@
 import pytest
 import torch
 from hindsight_models import DIALOGUES, TINY, batch_of, small_llama
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GraniteConfig, GraniteForCausalLM, OPTConfig, OPTForCausalLM
 
-from llmrl.errors import CheckpointError
+from llmrl.errors import CheckpointError, ModelError, UsageError
 from llmrl.heads import HeadSpec
+from llmrl.hindsight.batches import check_packing, examples_of
+from llmrl.hindsight.encode import Encoded
 from llmrl.hindsight.model import DialogueModel, make_trainable
 from llmrl.hindsight.objective import Objective, sums_of
 from llmrl.hindsight.small_model import word_tokenizer
-from llmrl.hindsight.targets import NO_STATE
+from llmrl.hindsight.targets import NO_STATE, Span
 from llmrl.value_heads import ValueHead
 
 WORDS = word_tokenizer(m.content for one in DIALOGUES for m in one.messages)
@@ -174,3 +176,42 @@ def test_soft_capped_logits_are_the_models_own():
             batch["position"]
         ]
         assert torch.allclose(model.logits(model(**batch).policy), wanted, atol=1e-5)
+
+
+def test_logits_are_the_models_own_whatever_it_does_to_them(monkeypatch):
+    """Granite divides its logits by a constant; a loss on other logits would train another model."""
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, logits_scaling=4.0,
+    )  # fmt: skip
+    model, ids = DialogueModel(GraniteForCausalLM(config).eval(), None), [1, 5, 9, 2]
+    batch = {"input_ids": torch.tensor([ids])} | dict.fromkeys(
+        ("position", "next_position", "value_position"), torch.arange(4)
+    )
+    torch.testing.assert_close(model.logits(model.states(batch).policy), model.policy(batch["input_ids"]).logits[0])
+    model.check_logits(ids)
+    monkeypatch.setattr("llmrl.hindsight.model.scale_and_cap", lambda config: (1.0, None))
+    with pytest.raises(ModelError, match="in a way llmrl does not know"):
+        model.check_logits(ids)
+
+
+def test_packing_is_refused_where_dialogues_would_read_each_other():
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=40, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
+        word_embed_proj_dim=16,
+    )  # fmt: skip
+    rows = [Encoded(name, tuple(range(3, 13)), (Span(4, 8, 1.0),), True, 1.0) for name in "ab"]
+    examples = examples_of(rows, "turn", 1.0, "turn")
+    check_packing(DialogueModel(small_llama(), None), examples)
+    with pytest.raises(UsageError, match="reads from one dialogue into the next"):
+        check_packing(DialogueModel(OPTForCausalLM(config), None), examples)
+
+
+def test_what_no_loss_reaches_is_not_trained():
+    head = ValueHead(HeadSpec("value", "linear", 16, 40))
+    model = DialogueModel(small_llama(), head, "separate")
+    assert not model.values.lm_head.weight.requires_grad
+    assert model.policy.lm_head.weight.requires_grad
+    assert model.values.model.embed_tokens.weight.requires_grad

@@ -159,7 +159,7 @@ def test_the_summary_of_good_rows_says_no_more(write):
 
 def test_what_is_kept_aside_is_written_with_its_reason(write, tmp_path):
     path = write([GOOD, BAD["no end"], BAD["no agent turn"]])
-    read_dialogues([path], aside=tmp_path / "out" / "aside.jsonl")
+    read_dialogues([path]).write_aside(tmp_path / "out" / "aside.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "out" / "aside.jsonl").read_text().splitlines()]
     assert [(row["where"], row["reason"], row["row"]) for row in rows] == [
         (f"{path}:2", "no end", BAD["no end"]),
@@ -170,7 +170,7 @@ def test_what_is_kept_aside_is_written_with_its_reason(write, tmp_path):
 
 
 def test_nothing_is_written_where_nothing_is_kept_aside(write, tmp_path):
-    read_dialogues([write([GOOD])], aside=tmp_path / "aside.jsonl")
+    read_dialogues([write([GOOD])]).write_aside(tmp_path / "aside.jsonl")
     assert not (tmp_path / "aside.jsonl").exists()
 
 
@@ -184,11 +184,10 @@ def test_a_refused_row_takes_no_id(write):
     assert len(read_dialogues([write([BAD["no end"], GOOD])]).dialogues) == 1
 
 
-def test_only_bad_rows_are_an_error_that_counts_them(write, tmp_path):
+def test_only_bad_rows_are_an_error_that_counts_them(write):
     path = write([BAD["no end"], BAD["no rewards"]])
     with pytest.raises(DataError, match=r"no dialogue to learn from.*1 no end.*1 no rewards"):
-        read_dialogues([path], aside=tmp_path / "aside.jsonl")
-    assert len((tmp_path / "aside.jsonl").read_text().splitlines()) == 2  # they say what to mend
+        read_dialogues([path])
 
 
 def test_a_file_that_is_not_there_is_an_error_of_use(tmp_path):
@@ -286,11 +285,23 @@ def test_numbers_that_json_cannot_hold_are_written_aside_as_text(tmp_path):
     row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rewards": [0, NaN]}'
     good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "reward": 1}'
     (tmp_path / "data.jsonl").write_text(row + "\n" + good + "\n")
-    read_dialogues([tmp_path / "data.jsonl"], aside=tmp_path / "aside.jsonl")
+    read_dialogues([tmp_path / "data.jsonl"]).write_aside(tmp_path / "aside.jsonl")
     assert json.loads((tmp_path / "aside.jsonl").read_text())["row"]["rewards"] == [0, "nan"]
     (tmp_path / "data.jsonl").write_text(good + "\n")
-    read_dialogues([tmp_path / "data.jsonl"], aside=tmp_path / "aside.jsonl")
+    read_dialogues([tmp_path / "data.jsonl"]).write_aside(tmp_path / "aside.jsonl")
     assert not (tmp_path / "aside.jsonl").exists()  # nothing was refused this time
+
+
+def test_half_a_surrogate_pair_is_refused_and_spelled_out_aside(tmp_path):
+    messages = [{"role": "user", "content": "a \ud83d"}, {"role": "assistant", "content": "b"}]
+    good = {"id": "g", "messages": [{"role": "user", "content": "a"}, messages[1]], "reward": 1}
+    rows = [{"id": "s", "messages": messages, "reward": 1}, good]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_dialogues([tmp_path / "data.jsonl"])
+    assert [(reason, row["id"]) for _, reason, _, row in read.refused] == [("broken text", "s")]
+    read.write_aside(tmp_path / "aside.jsonl")
+    kept = json.loads((tmp_path / "aside.jsonl").read_text())
+    assert kept["row"]["messages"][0]["content"] == "a \\ud83d"
 
 
 def test_columns_of_null_are_not_there():

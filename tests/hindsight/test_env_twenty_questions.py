@@ -125,10 +125,11 @@ def test_any_other_text_is_not_understood(text):
     assert not ask(environment, "Is it alive?").metadata["invalid"]
 
 
-def test_twenty_texts_truncate():
+def test_after_twenty_texts_it_is_done():
     environment = TwentyQuestions({"object": "a bear"}, 0)
     steps = [ask(environment, "Is it alive?") for _ in range(CAP)]
-    assert [step.truncated for step in steps] == [False] * (CAP - 1) + [True]
+    assert [step.done for step in steps] == [False] * (CAP - 1) + [True]
+    assert not any(step.truncated for step in steps)
     environment = TwentyQuestions({"object": "a bear"}, 0)
     steps = [ask(environment, "Is it alive?") for _ in range(CAP - 1)] + [ask(environment, "Is it a bear?")]
     assert (steps[-1].done, steps[-1].truncated) == (True, False)
@@ -159,7 +160,8 @@ def test_logs_are_mediocre_dialogues_of_the_class():
     repeats = early = late = 0
     for dialogue in logs:
         said = [dialogue.messages[i].content for i in dialogue.agent_turns]
-        assert dialogue.truncated == (len(said) == CAP and dialogue.rewards[-2] != 0)
+        assert dialogue.done
+        assert (len(said) == CAP) or dialogue.rewards[-2] == 0
         repeats += len(set(said)) < len(said)
         for i in dialogue.agent_turns:
             possible, about = twenty.read(dialogue.messages[:i])[0], twenty.parse(dialogue.messages[i].content)

@@ -76,3 +76,38 @@ def test_polyak_moves_targets_by_the_rate():
     polyak(target, online, 0.25)
     assert target[0].tolist() == [0.875] * 3
     assert online[0].tolist() == [2.0] * 3
+
+
+def test_the_best_of_two_dialogues_is_put_together():
+    """Logs A+1 D+0, B+0 C+1, B+0 D+0: no dialogue earned 2, and A then C would. Clipping must leave room for it."""
+    from hindsight_models import dialogue
+
+    from llmrl.hindsight.calibration import to_go_of
+    from llmrl.hindsight.encode import encode_parts
+    from llmrl.hindsight.small_model import word_tokenizer
+
+    talks = [
+        dialogue("1", "Go.", "A", "Again.", "D", rewards=(1.0, 0.0)),
+        dialogue("2", "Go.", "B", "Again.", "C", rewards=(0.0, 1.0)),
+        dialogue("3", "Go.", "B", "Again.", "D", rewards=(0.0, 0.0)),
+    ]
+    words = word_tokenizer(m.content for talk in talks for m in talk.messages)
+    rows = [part for talk in talks for part in encode_parts(words, talk, 1)]
+    to_go = to_go_of(rows, 1.0, "turn")
+    turns = {
+        (talk.messages[i - 1].content, talk.messages[i].content): talk.rewards[i] for talk in talks for i in (1, 3)
+    }
+    v = {"Go.": 0.0, "Again.": 0.0, None: 0.0}
+    for _ in range(3):
+        q = {
+            (state, said): float(
+                td_targets(
+                    torch.tensor([reward * to_go.scale]), torch.ones(1),
+                    torch.tensor([v["Again." if state == "Go." else None]]), to_go.least, to_go.most,
+                )
+            )
+            for (state, said), reward in turns.items()
+        }  # fmt: skip
+        v |= {state: max(value for (s, _), value in q.items() if s == state) for state in ("Go.", "Again.")}
+    assert q[("Go.", "A")] / to_go.scale == pytest.approx(2.0)
+    assert q[("Go.", "B")] / to_go.scale == pytest.approx(1.0)

@@ -83,11 +83,11 @@ def reply(script, messages):
     ("text", "found"),
     [
         ("Here is one dollar, goodbye.", "gives 1"),
-        ("OK, I will give you two dollars!", "gives 2"),
-        ("here you go: 1 dollar", "gives 1"),
-        ("You get nothing from me, goodbye.", "gives 0"),
-        ("That does not help me.", "annoyed"),
-        ("I am leaving. Don't call again", "leaves"),
+        ("OK! Gladly, here are two dollars...", "gives 2"),
+        ("Hello, what is this about? No, you get no money.", "gives 0"),  # the last one counts
+        ("that does NOT help me", "annoyed"),
+        ("Nothing annoys me more than calls.", None),
+        ("I might give two dollars if you had a story.", None),
         ("Who is this?", None),
     ],
 )

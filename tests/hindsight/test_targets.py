@@ -61,6 +61,31 @@ def test_values_that_satisfy_the_backup_are_the_returns(kind, unit):
         found.reward, found.discount, found.next_position, found.to_go, strict=True
     ):
         assert reward + discount * (value[after] if after != NO_STATE else 0.0) == pytest.approx(to_go)
+    assert found.state_to_go == pytest.approx([value[position] for position in found.value_position])
+
+
+@pytest.mark.parametrize("kind", ["turn", "token"])
+@pytest.mark.parametrize("unit", ["turn", "token"])
+def test_learning_from_the_targets_ends_at_the_returns(kind, unit):
+    """Q of actions and V of states as a table, each set to what it learns from until nothing moves."""
+    spans = (Span(1, 4, 0.3), Span(6, 7, -1.0), Span(9, 13, 2.0))
+    found = backup(spans, last=12, done=True, kind=kind, discount=0.5, unit=unit)
+    v = dict.fromkeys(found.value_position, 0.0)
+    for _ in range(20):
+        q = [
+            reward + discount * (0.0 if after == NO_STATE else v[after])
+            for reward, discount, after in zip(found.reward, found.discount, found.next_position, strict=True)
+        ]
+        for position, action, between in zip(
+            found.value_position, found.value_action, found.value_discount, strict=True
+        ):
+            v[position] = between * q[action]
+    assert q == pytest.approx(found.to_go)
+    assert list(v.values()) == pytest.approx(found.state_to_go)
+    if (kind, unit) == ("turn", "token"):  # by hand: turns of 3, 1 and 4 tokens
+        third = 0.5**3 * 2.0
+        second = -1.0 + 0.5 * third
+        assert found.state_to_go == pytest.approx((0.25 * (0.3 + 0.5 * second), second, third))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from hindsight_models import TINY, dialogue, small_llama
 from llmrl.base_model import load_tokenizer
 from llmrl.errors import ModelError
 from llmrl.hindsight.batches import DialogueCollator, examples_of
-from llmrl.hindsight.dialogues import Dialogue
+from llmrl.hindsight.dialogues import Dialogue, ReadDialogues
 from llmrl.hindsight.encode import encode_dialogue, encode_dialogues, encode_parts
 from llmrl.hindsight.envs import maze
-from llmrl.hindsight.evaluation import ENVIRONMENTS, play
 from llmrl.hindsight.model import DialogueModel
-from llmrl.hindsight.policy_folder import READS, window_of
+from llmrl.hindsight.playing import ENVIRONMENTS, play
+from llmrl.hindsight.policy_folder import READS, Reads, read_reads
 from llmrl.hindsight.run import best
 from llmrl.hindsight.small_model import word_tokenizer
 from llmrl.rollout.backends import open_engine
@@ -136,18 +136,21 @@ def test_rewards_are_scaled_where_they_are_learnt():
 
 def test_the_best_dialogues_are_kept_with_all_of_their_turns():
     good = dialogue("good", "One.", "Two.", "Three.", "Four.", rewards=(-1.0, 9.0))
-    rows, _ = encode_dialogues(WORDS, [TALK, good], 100, 1)
+    rows, _ = encode_dialogues(WORDS, ReadDialogues([TALK, good], []), 100, 1)
     assert [row.id for row in rows] == ["t"] * 3 + ["good"] * 2
     assert [row.id for row in best(rows, 0.5)] == ["good"] * 2
 
 
 def test_only_what_is_read_at_once_has_to_fit():
     whole = len(encode_dialogue(WORDS, TALK).input_ids)
-    assert encode_dialogues(WORDS, [TALK, TALK], whole - 1, 1)[1] == []
+    assert encode_dialogues(WORDS, ReadDialogues([TALK], []), whole - 1, 1)[1].refused == []
     wordy = dialogue("w", "One. Two. Three.", "Four.")
     longest = len(encode_dialogue(WORDS, wordy).input_ids)
-    rows, refused = encode_dialogues(WORDS, [TALK, wordy], longest - 1, 1)
-    assert ({row.id for row in rows}, refused) == ({"t"}, [("w", f"longer than {longest - 1} tokens")])
+    rows, read = encode_dialogues(WORDS, ReadDialogues([TALK, wordy], []), longest - 1, 1)
+    assert ({row.id for row in rows}, read.dialogues) == ({"t"}, [TALK])
+    assert read.refused == [
+        ("w", "too long", f"dialogue w: {longest} tokens, expected at most {longest - 1}", wordy.to_json())
+    ]
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -177,11 +180,19 @@ def test_an_episode_that_was_played_can_be_learnt_from(tmp_path):
     assert math.isclose(parts[0].backup("turn", 1.0, "turn").to_go[0], walk.total)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"window": 0}', '{"window": true}', "[1]", "no"])
+def test_a_folder_says_how_its_policy_is_played(tmp_path):
+    assert read_reads(tmp_path) == read_reads("a/hub-name") == Reads(None, "turn")
+    (tmp_path / READS).write_text('{"window": 2, "backup": "token"}', encoding="utf-8")
+    assert read_reads(tmp_path) == Reads(2, "token")
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"window": 0}', '{"window": true}', '{"window": 1, "backup": "x"}', "[1]", "no"]
+)
 def test_a_folder_that_says_nonsense_of_its_window(tmp_path, text):
     (tmp_path / READS).write_text(text, encoding="utf-8")
     with pytest.raises(ModelError, match=READS):
-        window_of(tmp_path)
+        read_reads(tmp_path)
 
 
 def test_a_window_of_messages_is_a_number_from_1():

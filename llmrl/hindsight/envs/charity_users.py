@@ -6,20 +6,16 @@ and the dollars that the user says they give. No best return is known of it; 1.8
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmrl.hindsight.envs.charity import COST, TURNS, TYPES
-from llmrl.hindsight.envs.charity_words import WORDS, heard, understand
+from llmrl.hindsight.envs.charity_words import WORDS, understand
 from llmrl.hindsight.envs.common import normalised, row_value
 from llmrl.rollout.environment import Step
 from llmrl.rollout.users import Chat, as_user
 from llmrl.types import Message
 
-_AMOUNT = re.compile(r"\b(?:(one|1|two|2) dollars?|(no money|nothing))\b")
-_LEAVES = re.compile(r"\b(?:goodbye|hang up|leaving)\b")
-_DOLLARS = {"one": 1, "1": 1, "two": 2, "2": 2}
 _WANTS = {
     "facts": "facts and numbers",
     "story": "a story about one person",
@@ -59,7 +55,13 @@ class CharityTalk:
         gives = reply.removeprefix("gives ") if reply and reply.startswith("gives ") else None
         over = gives is not None or reply in ("leaves", "no time") or self.turns == TURNS
         act, exact = understand(answer.content, self.words)
-        metadata = {"invalid": act is None, "off_template": not exact, "act": act, "reply": reply}
+        metadata = {
+            "invalid": act is None,
+            "off_template": not exact,
+            "act": act,
+            "reply": reply,
+            "unheard": reply is None,
+        }
         return Step([said], rewards={"reward": float(gives or 0) - COST}, done=over, metadata=metadata)
 
     def _say(self) -> Message:
@@ -68,16 +70,19 @@ class CharityTalk:
 
 
 def reply_of(text: str) -> str | None:
-    """Return the reply that a user's text is, a key of `Words.replies`.
+    """Return the reply that a user's text stands for, a key of `Words.replies`: that of the last sentence of theirs in it.
 
-    It is known by the sentence, else by the amount or the farewell in it.
+    What holds none of these sentences means nothing, however it sounds: a model that talks around them is counted, not guessed.
     """
-    if (known := heard(text)) is not None:
-        return known[1]
-    plain = normalised(text)
-    if amounts := _AMOUNT.findall(plain):
-        return f"gives {max(_DOLLARS.get(number, 0) for number, _ in amounts)}"
-    return "leaves" if _LEAVES.search(plain) else None
+    plain = f" {normalised(text)} "
+    places = [
+        (plain.rfind(f" {normalised(sentence)} "), reply)
+        for words in WORDS.values()
+        for reply, sentences in words.replies.items()
+        for sentence in sentences
+    ]
+    place, reply = max(places)
+    return reply if place >= 0 else None
 
 
 def persona(wants: str) -> str:

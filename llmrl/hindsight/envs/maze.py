@@ -180,7 +180,7 @@ def position(history: Sequence[Message]) -> Cell:
     )
 
 
-def logs(count: int, seed: int) -> list[Dialogue]:
+def logs(count: int, seed: int, observation: str = "short") -> list[Dialogue]:
     """Return mediocre walks from uniform starts, played through `Maze`.
 
     Every other walk moves at random. The rest move best, but for a share of random moves, drawn for each walk between 50 and
@@ -188,12 +188,13 @@ def logs(count: int, seed: int) -> list[Dialogue]:
 
     Args:
         count: how many walks.
-        seed: the same count and seed give the same walks.
+        seed: the same arguments give the same walks.
+        observation: see `Maze`.
     """
-    return [_logged(seed, number) for number in range(count)]
+    return [_logged(seed, number, observation) for number in range(count)]
 
 
-def _logged(seed: int, number: int) -> Dialogue:
+def _logged(seed: int, number: int, observation: str) -> Dialogue:
     luck = random.Random(derive_seed(seed, TASK, number, "policy"))
     start = luck.choice(STARTS)
     at_random = 1.0 if number % 2 == 0 else luck.uniform(0.5, 0.8)
@@ -205,11 +206,15 @@ def _logged(seed: int, number: int) -> Dialogue:
 
     world = derive_seed(seed, TASK, number, "world")
     return play(
-        Maze({"start": start}, world),
+        Maze({"start": start, "observation": observation}, world),
         policy,
         id=f"{TASK}-{seed}-{number}",
         task=TASK,
-        provenance={"seed": world, "row": {"start": list(start), "observation": "short"}, "random_moves": at_random},
+        provenance={
+            "seed": world,
+            "row": {"start": list(start), "observation": observation},
+            "random_moves": at_random,
+        },
     )
 
 

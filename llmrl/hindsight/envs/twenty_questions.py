@@ -4,8 +4,9 @@
     "Is it OBJECT?"          reward 0 where it is the hidden one, and the episode is done; else "No.", reward -1 (see `OBJECTS`)
     any other text           answered "I do not understand.", reward -1
 
-Case, punctuation and white space do not matter. After 20 texts the episode is truncated. Nothing is left to luck: the hidden
-object is in the row, and the seed of an episode changes nothing. The best return is -3.9, and texts drawn at random earn -14.1.
+Case, punctuation and white space do not matter. After 20 texts the episode is done: their number is part of the rules, as the
+name says. Nothing is left to luck: the hidden object is in the row, and the seed of an episode changes nothing. The best return
+is -3.9, and texts drawn at random earn -14.1.
 """
 
 from __future__ import annotations
@@ -107,8 +108,7 @@ class TwentyQuestions:
         return Step(
             [Message("user", reply)],
             rewards={"reward": 0.0 if found else -1.0},
-            done=found,
-            truncated=not found and self.asked >= CAP,
+            done=found or self.asked >= CAP,
             metadata={"invalid": about is None, "about": about},
         )
 
