@@ -3,6 +3,7 @@
     charity     the charity talk in short words: a language model without any knowledge learns it from 1,000 raw logs
     charity-long   the same in utterances of 8 to 14 words, four templates an act
     charity-lora   the same in short words, the small pretrained language model of this repository under LoRA
+    charity-long-lora   both
     charity-users   the same as charity, but the user is a model too, which learnt the other side of the logs
     charity-ablations   what ILQL's settings are worth there
     maze        the double-T maze in text: free generation, sampled and greedy, over a grid of beta
@@ -17,6 +18,7 @@ All policies of a seed play the same episodes; evals/hindsight_report.py makes t
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -62,7 +64,7 @@ class Part:
 
 
 _ALL: dict[str, dict[str, Any]] = {name: {} for name in ("bc", "filtered-bc", "awr", "dpo", "mc", "ilql")}
-_FOUR = {name: {} for name in ("bc", "filtered-bc", "mc", "ilql")}
+_FOUR: dict[str, dict[str, Any]] = {name: {} for name in ("bc", "filtered-bc", "mc", "ilql")}
 _SCRATCH = {"lr": 2e-3, "heads_lr": 2e-3, "batch_size": 16}
 _WALK = {
     "lr": 1e-3, "heads_lr": 1e-3, "batch_size": 32, "max_steps": 4000, "discount": 0.99, "window": 1, "trunk": "separate",
@@ -74,6 +76,11 @@ PARTS = {
     "charity-long": Part("charity", "long", _ALL, {**_SCRATCH, "max_steps": 1200}, (2, 4, 8, 16, 32), 300, 150),
     "charity-lora": Part(
         "charity", "short", _FOUR,
+        {"tuning": "lora", "lora_r": 16, "lr": 2e-3, "heads_lr": 2e-3, "batch_size": 8, "max_steps": 400},
+        (4, 8, 16), 300, 150, model="examples/tiny_lm",
+    ),
+    "charity-long-lora": Part(
+        "charity", "long", _FOUR,
         {"tuning": "lora", "lora_r": 16, "lr": 2e-3, "heads_lr": 2e-3, "batch_size": 8, "max_steps": 400},
         (4, 8, 16), 300, 150, model="examples/tiny_lm",
     ),
@@ -154,7 +161,7 @@ def run_part(config: RunConfig, name: str, part: Part, path: Path) -> None:
 
     found: dict[str, Any] = {
         "environment": environment(),
-        "command": f"python evals/hindsight.py --only {name} --seeds {config.seeds} --output_dir DIR",
+        "command": shlex.join(["python", "evals/hindsight.py", *_told(config, name)]),
         "env": part.env,
         "variant": part.variant,
         "options": part.options | ({"max_steps": config.max_steps} if config.max_steps else {}),
@@ -181,6 +188,14 @@ def run_part(config: RunConfig, name: str, part: Part, path: Path) -> None:
                 )
 
 
+def _told(config: RunConfig, name: str) -> list[str]:
+    """Return the options that make a part again."""
+    told = ["--only", name, "--seeds", str(config.seeds)]
+    told += ["--methods", *config.methods] if config.methods else []
+    told += ["--logs", str(config.logs)] if config.logs != 1000 else []
+    return told + (["--max_steps", str(config.max_steps)] if config.max_steps else []) + ["--output_dir", "DIR"]
+
+
 def make_logs(config: RunConfig, part: Part, folder: Path, seed: int) -> tuple[dict[str, float], str]:
     """Write logs and the model to start from, once; return the mean return of the logs, and the model."""
     from llmrl.hindsight.evaluation import write_logs
@@ -198,6 +213,8 @@ def make_logs(config: RunConfig, part: Part, folder: Path, seed: int) -> tuple[d
     from llmrl.hindsight.dialogues import read_dialogues
 
     totals = [dialogue.total for dialogue in read_dialogues([path]).dialogues]
+    if len(totals) != config.logs:
+        raise UsageError(f"{path} holds {len(totals)} dialogues, --logs is {config.logs}: choose another --work_dir")
     return {"mean": float(np.mean(totals)), "most": float(np.max(totals))}, part.model or str(small)
 
 
@@ -235,19 +252,22 @@ def one_policy(
     method, how = own.pop("method", label), user | own.pop("play", {})
     name = label.replace(" ", "-").replace(",", "")
     target, kept = folder / name, folder / f"{name}.json"
+    start = str(folder / "bc") if method == "dpo" else model  # preferences begin where cloning ended
+    wanted = TrainConfig(
+        data=[str(folder / "logs.jsonl.gz")], model=start, output_dir=str(target), method=method, seed=seed, quiet=True,
+        overwrite=True, save_steps=10**6, **options | own,
+    )  # fmt: skip
+    plays = {"betas": part.betas, "episodes": part.episodes, "greedy": part.greedy, "how": how}
+    if not is_trained(target, wanted):
+        kept.unlink(missing_ok=True)
+        train(wanted)
     if kept.is_file():
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
-    if not target.is_dir():
-        start = str(folder / "bc") if method == "dpo" else model  # preferences begin where cloning ended
-        train(
-            TrainConfig(
-                data=[str(folder / "logs.jsonl.gz")], model=start, output_dir=str(target), method=method, seed=seed, quiet=True,
-                overwrite=True, save_steps=10**6, **options | own,
-            )
-        )  # fmt: skip
+        found = dict(json.loads(kept.read_text(encoding="utf-8")))
+        if found["plays"] == json.loads(json.dumps(plays)):
+            return found
     trained = json.loads((target / "report.json").read_text(encoding="utf-8"))
     begun = time.monotonic()
-    found: dict[str, Any] = {"train_seconds": trained["seconds"], "last": trained["last"], "curve": curve(target)}
+    found = {"plays": plays, "train_seconds": trained["seconds"], "last": trained["last"], "curve": curve(target)}
     beta = how.get("beta")
     if method in STEERED and beta is None:
         found["grid"] = {f"{b:g}": both(part, target, b, SELECTION, part.episodes // 2, how) for b in part.betas}
@@ -256,6 +276,22 @@ def one_policy(
     found["play_seconds"] = time.monotonic() - begun
     kept.write_text(json.dumps(found), encoding="utf-8")
     return found
+
+
+def is_trained(folder: Path, wanted: Any) -> bool:
+    """Tell whether a policy is there that was trained with these options; what its time did not know had its default."""
+    from dataclasses import fields
+
+    import yaml
+
+    from llmrl.config import to_flat
+
+    if not (folder / "report.json").is_file():
+        return False
+    options = yaml.safe_load((folder / "config.resolved.yaml").read_text(encoding="utf-8"))
+    default = {field.name: field.default for field in fields(wanted)}
+    told = {name: value for name, value in to_flat(wanted).items() if name not in ("data", "model", "output_dir")}
+    return all(options.get(name, default[name]) == value for name, value in told.items())
 
 
 def both(

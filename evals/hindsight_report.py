@@ -15,19 +15,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t, ttest_1samp
 
 from llmrl.config import option, parse_config
 from llmrl.errors import EXIT_DONE, run_command
 from llmrl.files import write_text
-from llmrl.hindsight.compare import sign_flip_p
-from llmrl.intervals import interval
+from llmrl.intervals import draw_means, interval
 from llmrl.tables import aligned_table
 
 DRAWS = 5000
 FILES = (
-    "hindsight-charity", "hindsight-charity-long", "hindsight-charity-lora", "hindsight-charity-users",
-    "hindsight-charity-ablations", "maze",
-    "hindsight-maze-ablations", "hindsight-questions",
+    "hindsight-charity", "hindsight-charity-long", "hindsight-charity-lora", "hindsight-charity-long-lora",
+    "hindsight-charity-users", "hindsight-charity-ablations", "maze", "hindsight-maze-ablations", "hindsight-questions",
 )  # fmt: skip
 _RED, _BLUE, _GREEN, _GREY = "#c8442f", "#1f6fb4", "#2e8b57", "#9aa0a6"
 
@@ -73,7 +72,7 @@ def _of_method(seeds: Mapping[str, Any]) -> dict[str, Any]:
     returns = [np.asarray(one["returns"]) for one in seeds.values()]
     greedy = [one["greedy"]["return"]["value"] for one in seeds.values() if "greedy" in one]
     return {
-        "return": _nested_interval(returns),
+        "return": _over_seeds(returns),
         "seeds": [float(values.mean()) for values in returns],
         "greedy": float(np.mean(greedy)) if greedy else None,
         "greedy_seeds": greedy,
@@ -83,28 +82,39 @@ def _of_method(seeds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(policies: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, for each method, ilql's returns less its own on the same episodes; p of flipped signs over episodes."""
-    found = {}
+    """Return, for each method, ilql's mean return less its own on the same logs and episodes, seed by seed.
+
+    `p` is that of a paired t test over seeds, `holm` the same corrected for the number of methods it is compared with.
+    """
+    found: dict[str, Any] = {}
     for label, seeds in policies.items():
         both = [seed for seed in seeds if label != "ilql" and seed in policies.get("ilql", {})]
         pairs = [(policies["ilql"][seed]["returns"], seeds[seed]["returns"]) for seed in both]
         if pairs:
             difference = [np.asarray(one) - np.asarray(other) for one, other in pairs]
-            found[label] = {**_nested_interval(difference), "p": sign_flip_p(np.concatenate(difference), 0)}
+            found[label] = {**_over_seeds(difference), "p": _t_test([float(one.mean()) for one in difference])}
+    least = 0.0
+    for i, label in enumerate(sorted(found, key=lambda name: found[name]["p"])):
+        least = max(least, min(1.0, (len(found) - i) * found[label]["p"]))
+        found[label]["holm"] = least
     return found
 
 
-def _nested_interval(values: Sequence[NDArray[np.float64]]) -> dict[str, float]:
-    """Return the mean over seeds with the 95% interval of drawing seeds, and episodes within them, anew."""
-    rng = np.random.default_rng(0)
-    means = np.stack([_drawn_means(one, rng) for one in values])
-    chosen = rng.integers(len(values), size=(DRAWS, len(values)))
-    draws = means[chosen, np.arange(DRAWS)[:, None]].mean(1)
-    return interval(float(np.mean([one.mean() for one in values])), draws, None, basic=False)
+def _over_seeds(values: Sequence[NDArray[np.float64]]) -> dict[str, float]:
+    """Return the mean over seeds with its 95% t interval; of one seed, the bootstrap interval of its episodes."""
+    means = np.array([one.mean() for one in values])
+    if len(means) == 1:
+        return interval(float(means[0]), draw_means(values[0][:, None], DRAWS, 0)[:, 0], None, basic=False)
+    half = float(t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / len(means) ** 0.5)
+    return {"value": float(means.mean()), "low": float(means.mean()) - half, "high": float(means.mean()) + half}
 
 
-def _drawn_means(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    return values[rng.integers(len(values), size=(DRAWS, len(values)))].mean(1)
+def _t_test(means: Sequence[float]) -> float:
+    if len(means) < 2:
+        return 1.0
+    if np.ptp(means) < 1e-12:
+        return 0.0 if means[0] else 1.0
+    return float(ttest_1samp(means, 0.0).pvalue)
 
 
 def section(name: str, found: Mapping[str, Any]) -> list[str]:
@@ -123,11 +133,11 @@ def section(name: str, found: Mapping[str, Any]) -> list[str]:
                 "" if one["greedy"] is None else f"{one['greedy']:.2f}",
                 "" if beta[0] is None else ", ".join(f"{b:g}" for b in beta),
                 f"{100 * np.mean([p['invalid_share'] for p in seeds.values()]):.1f}%",
-                "" if difference is None else f"{_cell(difference, signed=True)}, p {difference['p']:.2g}",
+                "" if difference is None else f"{_cell(difference, signed=True)}, p {difference['holm']:.2g}",
             ]
         )
     mean = np.mean([one["mean"] for one in logs])
-    head = ["", "return [95%]", "seeds", "greedy", "beta", "no action", "ilql is better by [95%]"]
+    head = ["", "return [95%]", "seeds", "greedy", "beta", "no action", "ilql is better by [95%], Holm's p"]
     return [
         f"## {name}",
         f"{found['model']}. Logs: mean {mean:.2f}, best {max(one['most'] for one in logs):.2f}. The best there is: "
