@@ -94,7 +94,7 @@ PARTS = {
             "backup token": _ILQL | {"backup": "token"},
             "cql .1": _ILQL | {"cql": 0.1},
             "expectile .7": _ILQL | {"expectile": 0.7},
-            "two trunks, mlp": _ILQL | {"trunk": "separate", "head": "mlp"},
+            "two trunks and mlp": _ILQL | {"trunk": "separate", "head": "mlp"},
             "no support filter": _ILQL | {"support": 0.0},
             "best of 8 by Q": _ILQL | {"play": {"rerank": 8, "beta": 0.0}},
         },
@@ -106,8 +106,8 @@ PARTS = {
         {
             "ilql": {},
             "1000 steps": _ILQL | {"max_steps": 1000},
-            "one trunk, mlp": _ILQL | {"trunk": "shared"},
-            "one trunk, linear": _ILQL | {"trunk": "shared", "head": "linear"},
+            "one trunk and mlp": _ILQL | {"trunk": "shared"},
+            "one trunk and linear": _ILQL | {"trunk": "shared", "head": "linear"},
             "backup token": _ILQL | {"backup": "token"},
             "no support filter": _ILQL | {"support": 0.0},
         },
@@ -141,6 +141,10 @@ def main(argv: list[str]) -> int:
     wrong = [name for name in config.only if name not in PARTS]
     if wrong:
         raise UsageError(f"--only {wrong[0]}: expected some of {', '.join(PARTS)}")
+    for name in config.only or PARTS:
+        unknown = [label for label in config.methods if label not in PARTS[name].methods]
+        if unknown:
+            raise UsageError(f"--methods {unknown[0]}: {name} has {', '.join(PARTS[name].methods)}")
     from llmrl.commands import quiet_libraries
 
     quiet_libraries(quiet=True)
@@ -250,7 +254,7 @@ def one_policy(
 
     own = dict(part.methods[label])
     method, how = own.pop("method", label), user | own.pop("play", {})
-    name = label.replace(" ", "-").replace(",", "")
+    name = label.replace(" ", "-")
     target, kept = folder / name, folder / f"{name}.json"
     start = str(folder / "bc") if method == "dpo" else model  # preferences begin where cloning ended
     wanted = TrainConfig(
@@ -268,7 +272,7 @@ def one_policy(
     trained = json.loads((target / "report.json").read_text(encoding="utf-8"))
     begun = time.monotonic()
     found = {"plays": plays, "train_seconds": trained["seconds"], "last": trained["last"], "curve": curve(target)}
-    beta = how.get("beta")
+    beta, how = how.get("beta"), {key: value for key, value in how.items() if key != "beta"}
     if method in STEERED and beta is None:
         found["grid"] = {f"{b:g}": both(part, target, b, SELECTION, part.episodes // 2, how) for b in part.betas}
         beta = max(part.betas, key=lambda b: found["grid"][f"{b:g}"]["return"]["value"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llmrl import intervals
-from llmrl.intervals import draw_counts, draw_means, interval
+from llmrl.intervals import draw_counts, draw_means, draw_means_within, interval
 
 
 def test_draw_counts_resamples_all_units_each_time():
@@ -59,3 +59,13 @@ def test_interval_is_widened_to_hold_its_value(value):
 def test_interval_without_finite_draws_is_nan():
     assert math.isnan(interval(0.5, np.array([np.nan]))["low"])
     assert math.isnan(interval(float("nan"), np.array([0.1, 0.2]))["high"])
+
+
+def test_means_within_groups_leave_the_groups_as_they_are():
+    """Two starts, each met often: how often is not left to luck, and a start where nothing varies adds nothing."""
+    values, groups = np.array([0.0, 1.0] * 50 + [5.0] * 100), [0] * 100 + [1] * 100
+    drawn = draw_means_within(values, groups, 4000, 0)
+    assert drawn.mean() == pytest.approx(values.mean(), abs=0.005)
+    assert drawn.std() == pytest.approx(0.5 * 0.5 / 10, rel=0.1)  # half of the mean, of deviation .5 over 100 units
+    assert draw_means(values[:, None], 4000, 0).std() > 5 * drawn.std()
+    assert set(draw_means_within(np.ones(6), [0, 0, 1, 1, 2, 2], 10, 0)) == {1.0}

@@ -55,6 +55,8 @@ class Objective:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"expected a method out of {', '.join(METHODS)}, got {self.method!r}")
+        if not self.low <= self.high:
+            raise UsageError(f"expected low below high, got {self.low} and {self.high}")
         if (
             not 0 < self.expectile < 1
             or not self.cql >= 0
