@@ -261,7 +261,8 @@ def one_policy(
         data=[str(folder / "logs.jsonl.gz")], model=start, output_dir=str(target), method=method, seed=seed, quiet=True,
         overwrite=True, save_steps=10**6, **options | own,
     )  # fmt: skip
-    plays = {"betas": part.betas, "episodes": part.episodes, "greedy": part.greedy, "how": how}
+    told = {key: Path(value).name if key == "user" else value for key, value in how.items()}
+    plays = {"betas": part.betas, "episodes": part.episodes, "greedy": part.greedy, "how": told}
     if not is_trained(target, wanted):
         kept.unlink(missing_ok=True)
         train(wanted)

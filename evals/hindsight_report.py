@@ -133,7 +133,7 @@ def section(name: str, found: Mapping[str, Any]) -> list[str]:
                 "" if one["greedy"] is None else f"{one['greedy']:.2f}",
                 "" if beta[0] is None else ", ".join(f"{b:g}" for b in beta),
                 f"{100 * np.mean([p['invalid_share'] for p in seeds.values()]):.1f}%",
-                "" if difference is None else f"{_cell(difference, signed=True)}, p {difference['holm']:.2g}",
+                "" if difference is None else _cell(difference, signed=True) + _p(difference, len(seeds)),
             ]
         )
     mean = np.mean([one["mean"] for one in logs])
@@ -144,6 +144,10 @@ def section(name: str, found: Mapping[str, Any]) -> list[str]:
         f"{found['optimum']:.2f}. `{found['command']}`",
         aligned_table(head, rows),
     ]
+
+
+def _p(difference: Mapping[str, Any], seeds: int) -> str:
+    return f", p {difference['holm']:.2g}" if seeds > 1 else ""
 
 
 def _cell(value: Mapping[str, float], *, signed: bool = False) -> str:
@@ -206,7 +210,8 @@ def _draw_beta(axis: Any, found: Mapping[str, Any]) -> None:
     axis.axhline(found["optimum"], color=_GREEN, linestyle="--", linewidth=1.2)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="beta (other luck than is reported)", ylabel="mean return (full: sampled, broken: greedy)")
-    axis.legend(fontsize=8, frameon=False)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=8, frameon=False)
 
 
 if __name__ == "__main__":

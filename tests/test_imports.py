@@ -20,8 +20,9 @@ LAYERS = (
     ("llmrl_kernels",),
     (
         "llmrl._version", "llmrl._after_import", "llmrl._autoregister", "llmrl.types", "llmrl.config", "llmrl.errors",
-        "llmrl.files", "llmrl.heads", "llmrl.intervals", "llmrl.jsonl", "llmrl.logits_heads", "llmrl.fingerprints",
-        "llmrl.head_cache", "llmrl.heads_forward", "llmrl.base_model", "llmrl.modeling", "llmrl.portable",
+        "llmrl.files", "llmrl.heads", "llmrl.intervals", "llmrl.jsonl", "llmrl.logit_scale", "llmrl.logits_heads",
+        "llmrl.fingerprints", "llmrl.head_cache", "llmrl.heads_forward", "llmrl.base_model", "llmrl.modeling",
+        "llmrl.portable",
         "llmrl.reward_heads", "llmrl.tables", "llmrl.value_heads", "llmrl.vllm_compat",
     ),
     ("llmrl.rollout", "llmrl.training", "llmrl.encoder"),
