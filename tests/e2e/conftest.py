@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import search_world
+from hindsight_cli import make_world
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -183,3 +184,9 @@ def search_files(tmp_path_factory):
 def search_model(tmp_path_factory):
     """A tiny model that writes queries."""
     return search_world.write_model(tmp_path_factory.mktemp("search") / "model")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with `logs.jsonl` of the charity talk, a `small` model that knows its words, and policies `ilql` and `bc`."""
+    return make_world(tmp_path_factory.mktemp("hindsight"))
