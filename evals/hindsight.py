@@ -9,6 +9,7 @@
     maze        the double-T maze in text: free generation, sampled and greedy, over a grid of beta
     maze-ablations   what settings, and shorter training, are worth there
     questions   twenty questions
+    questions-10k   the same from ten times as many games
 
 Each method and seed is trained once and kept in `--work_dir`; a run that is cut off goes on. Beta is chosen on episodes of
 another luck (seed SELECTION) than those that are reported. One policy a seed: a seed is of the logs, the weights and the order.
@@ -49,6 +50,7 @@ class Part:
         model: None is a model without any knowledge.
         file: the JSON's name.
         user: train a simulated user of each seed, and play with it.
+        logs: logged dialogues of each seed.
     """
 
     env: str
@@ -61,6 +63,7 @@ class Part:
     model: str | None = None
     file: str | None = None
     user: bool = False
+    logs: int = 1000
 
 
 _ALL: dict[str, dict[str, Any]] = {name: {} for name in ("bc", "filtered-bc", "awr", "dpo", "mc", "ilql")}
@@ -116,6 +119,10 @@ PARTS = {
     "questions": Part(
         "twenty-questions", None, _FOUR, {**_SCRATCH, "max_steps": 1600, "batch_size": 16}, (1, 2, 4, 8, 16), 200, 100
     ),
+    "questions-10k": Part(
+        "twenty-questions", None, _FOUR, {"lr": 1e-3, "heads_lr": 1e-3, "max_steps": 4000, "batch_size": 32},
+        (0.5, 1, 2, 4, 8), 200, 100, logs=10_000,
+    ),
 }  # fmt: skip
 
 
@@ -127,7 +134,7 @@ class RunConfig:
     only: list[str] = option([], help=f"parts: {', '.join(PARTS)} (default: all)")
     methods: list[str] = option([], help="methods (default: all of the part)")
     seeds: int = option(3, help="policies of each method")
-    logs: int = option(1000, help="logged dialogues of each seed")
+    logs: int | None = option(None, help="logged dialogues of each seed, in place of the part's own")
     max_steps: int | None = option(None, help="of the training, in place of the part's own")
     work_dir: str = option("runs/hindsight", help="where logs, models and policies are kept")
     quiet: bool = option(False, help="print errors only")
@@ -196,7 +203,7 @@ def _told(config: RunConfig, name: str) -> list[str]:
     """Return the options that make a part again."""
     told = ["--only", name, "--seeds", str(config.seeds)]
     told += ["--methods", *config.methods] if config.methods else []
-    told += ["--logs", str(config.logs)] if config.logs != 1000 else []
+    told += ["--logs", str(config.logs)] if config.logs else []
     return told + (["--max_steps", str(config.max_steps)] if config.max_steps else []) + ["--output_dir", "DIR"]
 
 
@@ -210,15 +217,17 @@ def make_logs(config: RunConfig, part: Part, folder: Path, seed: int) -> tuple[d
         variant = part.variant if part.env == "charity" else None
         write_logs(
             LogsConfig(
-                env=part.env, output=str(path), count=config.logs, variant=variant, seed=seed, overwrite=True, quiet=True,
+                env=part.env, output=str(path), count=config.logs or part.logs, variant=variant, seed=seed, overwrite=True, quiet=True,
                 model_dir=None if part.model else str(small),
             )
         )  # fmt: skip
     from llmrl.hindsight.dialogues import read_dialogues
 
     totals = [dialogue.total for dialogue in read_dialogues([path]).dialogues]
-    if len(totals) != config.logs:
-        raise UsageError(f"{path} holds {len(totals)} dialogues, --logs is {config.logs}: choose another --work_dir")
+    if len(totals) != (config.logs or part.logs):
+        raise UsageError(
+            f"{path} holds {len(totals)} dialogues, --logs is {config.logs or part.logs}: choose another --work_dir"
+        )
     return {"mean": float(np.mean(totals)), "most": float(np.max(totals))}, part.model or str(small)
 
 
@@ -232,7 +241,7 @@ def make_user(config: RunConfig, part: Part, folder: Path, seed: int) -> str:
     if not user.is_dir():
         write_logs(
             LogsConfig(
-                env=part.env, output=str(logs), count=config.logs, variant=part.variant, seed=SELECTION + seed, side="user",
+                env=part.env, output=str(logs), count=config.logs or part.logs, variant=part.variant, seed=SELECTION + seed, side="user",
                 model_dir=str(small), overwrite=True, quiet=True,
             )
         )  # fmt: skip
