@@ -217,8 +217,8 @@ def make_logs(config: RunConfig, part: Part, folder: Path, seed: int) -> tuple[d
         variant = part.variant if part.env == "charity" else None
         write_logs(
             LogsConfig(
-                env=part.env, output=str(path), count=config.logs or part.logs, variant=variant, seed=seed, overwrite=True, quiet=True,
-                model_dir=None if part.model else str(small),
+                env=part.env, output=str(path), count=config.logs or part.logs, variant=variant, seed=seed, overwrite=True,
+                quiet=True, model_dir=None if part.model else str(small),
             )
         )  # fmt: skip
     from llmrl.hindsight.dialogues import read_dialogues
@@ -241,8 +241,8 @@ def make_user(config: RunConfig, part: Part, folder: Path, seed: int) -> str:
     if not user.is_dir():
         write_logs(
             LogsConfig(
-                env=part.env, output=str(logs), count=config.logs or part.logs, variant=part.variant, seed=SELECTION + seed, side="user",
-                model_dir=str(small), overwrite=True, quiet=True,
+                env=part.env, output=str(logs), count=config.logs or part.logs, variant=part.variant, seed=SELECTION + seed,
+                side="user", model_dir=str(small), overwrite=True, quiet=True,
             )
         )  # fmt: skip
         train(
