@@ -185,11 +185,13 @@ _HINDSIGHT = {
     "eval": "Play a policy in an environment whose best return is known.",
     "fold": "Write a policy with one beta as a plain checkpoint, after measuring what that loses.",
     "logs": "Write logged dialogues of an environment, and a small model without any knowledge to learn from them.",
+    "regenerate": "Rewrite what went wrong in logged dialogues in hindsight, and play on from there: more to learn from.",
+    "forward": "Train a model of the user in logged dialogues, by LoRA, to play on with.",
 }
 
 
 def run_hindsight(argv: list[str], prog: str = "llmrl hindsight", action: str | None = None) -> int:
-    """Parse options, then train, evaluate or write logs; return the exit code.
+    """Parse options, then do the action; return the exit code.
 
     Args:
         argv: arguments without the program's name; the first is the action unless `action` is given.
@@ -197,6 +199,7 @@ def run_hindsight(argv: list[str], prog: str = "llmrl hindsight", action: str | 
         action: one of the actions.
     """
     from llmrl.hindsight import options
+    from llmrl.hindsight.regeneration import options as regeneration
 
     if action is None:
         what = "offline RL for dialogue agents, from logs alone"
@@ -208,16 +211,25 @@ def run_hindsight(argv: list[str], prog: str = "llmrl hindsight", action: str | 
         "eval": options.EvalConfig,
         "fold": options.FoldConfig,
         "logs": options.LogsConfig,
+        "regenerate": regeneration.RegenerateConfig,
+        "forward": regeneration.ForwardConfig,
     }
     config = parse_config(classes[action], argv, prog=prog, description=_HINDSIGHT[action])
     quiet_libraries(config.quiet)
     from llmrl.hindsight import evaluation, fold, run
+    from llmrl.hindsight.regeneration import user_model
+    from llmrl.hindsight.regeneration.run import run as regenerate
 
+    if action == "regenerate":
+        found: dict[str, Any] = {}
+        _done(lambda config: found.update(regenerate(config)), config)
+        return EXIT_FAILED_ROWS if found.get("unfinished") else EXIT_DONE
     actions: dict[str, Callable[[Any], object]] = {
         "train": run.train,
         "eval": evaluation.evaluate,
         "fold": fold.fold,
         "logs": evaluation.write_logs,
+        "forward": user_model.train,
     }
     return _done(actions[action], config)
 

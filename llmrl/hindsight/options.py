@@ -12,7 +12,7 @@ _METHODS = ("ilql", "mc", "bc", "filtered-bc", "awr", "dpo")
 _HEADS = ("auto", "linear", "low_rank", "mlp")
 _TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 # "dialogues" and those of llmrl.hindsight.datasets.LOADERS
-_FORMATS = (
+FORMATS = (
     "dialogues", "persuasion_for_good", "casino", "craigslist_bargain_buyer", "craigslist_bargain_seller", "guess_my_city",
     "lmrl_gym",
 )  # fmt: skip
@@ -26,7 +26,7 @@ class TrainConfig:
     data: list[str] = option(help="JSONL files of dialogues: messages with rewards, or episodes of llmrl")
     model: str = option(help="causal LM with a chat template: a folder or a hub name")
     output_dir: str = option(help="the folder to write")
-    data_format: str = option("dialogues", choices=_FORMATS, help="of the files: ours, or that of a published data set")
+    data_format: str = option("dialogues", choices=FORMATS, help="of the files: ours, or that of a published data set")
     method: str = option("ilql", choices=_METHODS, help="how the logs are learnt from")
     revision: str | None = option(None, help="of a hub name")
     trunk: str = option("shared", choices=("shared", "separate"), help="of the values: the policy's own, or a copy")
@@ -182,7 +182,7 @@ class FoldConfig:
     policy: str = option(help="folder of llmrl hindsight train, with values on the policy's own trunk")
     data: list[str] = option(help="JSONL files of held-out dialogues, on which what is lost is measured")
     output_dir: str = option(help="the plain checkpoint to write")
-    data_format: str = option("dialogues", choices=_FORMATS, help="see train")
+    data_format: str = option("dialogues", choices=FORMATS, help="see train")
     beta: float | None = option(None, help="how far Q moves the policy, for good (default: what the folder says)")
     force: bool = option(
         False,

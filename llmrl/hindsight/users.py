@@ -15,10 +15,8 @@ from contextlib import contextmanager
 from llmrl.errors import UsageError
 from llmrl.hindsight.dialogues import AGENT, Dialogue
 from llmrl.rollout.http import is_http_url
-from llmrl.rollout.users import OPENER, Chat, ChatEndpoint, EngineChat
-from llmrl.types import Message, SamplingConfig
-
-_ROLES = {"user": AGENT, AGENT: "user"}
+from llmrl.rollout.users import Chat, ChatEndpoint, EngineChat, users_view
+from llmrl.types import SamplingConfig
 
 
 def user_side(dialogue: Dialogue, persona: str) -> Dialogue:
@@ -31,12 +29,11 @@ def user_side(dialogue: Dialogue, persona: str) -> Dialogue:
     Raises:
         BadDialogue: the user says nothing, or two things in a row.
     """
-    said = [Message(_ROLES[m.role], m.content) for m in dialogue.messages if m.role in _ROLES]
-    while said and said[-1].role != AGENT:
-        said.pop()  # the agent has the last word: nothing of the user's is learnt from it
-    messages = (Message("system", persona), Message("user", OPENER), *said)
+    messages = users_view(dialogue.messages, persona)
+    while messages[-1].role not in (AGENT, "system"):
+        messages.pop()  # the agent has the last word: nothing of the user's is learnt from it
     provenance = {**dialogue.provenance, "side": "user"}
-    return Dialogue(dialogue.id, messages, (0.0,) * len(messages), task=dialogue.task, provenance=provenance)
+    return Dialogue(dialogue.id, tuple(messages), (0.0,) * len(messages), task=dialogue.task, provenance=provenance)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmrl.errors import EngineError, RequestError, UsageError
@@ -104,15 +104,26 @@ def as_user(chat: Chat, persona: str, seed: int, *, opener: str = OPENER) -> Spe
         seed: The environment's seed; each turn derives its own.
         opener: What it is asked before the first message, since templates want a user to speak first.
     """
-    roles = {"user": "assistant", "assistant": "user"}
 
     def speak(messages: Sequence[Message]) -> str:
-        # tool calls and their results are between the model and its tools
-        heard = [Message(roles[m.role], m.content) for m in messages if m.role in roles]
-        turn = sum(m.role == "assistant" for m in heard)
-        return chat([Message("system", persona), Message("user", opener), *heard], derive_seed(seed, turn))
+        turn = sum(m.role == "user" for m in messages)
+        return chat(users_view(messages, persona, opener), derive_seed(seed, turn))
 
     return speak
+
+
+def users_view(messages: Sequence[Message], persona: str, opener: str = OPENER) -> list[Message]:
+    """Return a dialogue as its user lives it: their own messages are the assistant's, the other side's the user's.
+
+    Args:
+        messages: of the dialogue; system messages, tool calls and their results are between the model and its world.
+        persona: the system message: who the user is.
+        opener: stands before the user's first message where they speak first, since templates want a user to.
+    """
+    roles = {"user": "assistant", "assistant": "user"}
+    lived = [Message(roles[m.role], m.content) for m in messages if m.role in roles]
+    asked = [Message("user", opener)] if not lived or lived[0].role == "assistant" else []
+    return [Message("system", persona), *asked, *lived]
 
 
 class EngineChat:
@@ -128,6 +139,16 @@ class EngineChat:
         conversation = Conversation(self._engine.tokenizer, template_options=self._options)
         conversation.add(*messages)
         return self._engine.submit(conversation.prompt(), replace(self._sampling, seed=seed)).result()[0].text
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """What an endpoint answered; `finish_reason` and the counts of tokens are None where it does not tell them."""
+
+    text: str
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class ChatEndpoint:
@@ -175,25 +196,37 @@ class ChatEndpoint:
         self._headers()
 
     def __call__(self, messages: Sequence[Message], seed: int) -> str:
-        """Return the text of the answer.
+        """Return the text of the answer; see `ask` for the errors."""
+        return self.ask(messages, seed).text
+
+    def ask(self, messages: Sequence[Message], seed: int, **options: Any) -> ChatAnswer:
+        """Return the answer with what the endpoint says of it.
+
+        Args:
+            messages: end with one to answer.
+            seed: of sampling.
+            options: further fields of this request, before those of the endpoint.
 
         Raises:
             RequestError: The endpoint refuses these messages; others may be served.
             EngineError: It refuses everyone, stays away after all retries, or answers with something else than a chat.
         """
         said = [message.to_json() for message in messages]
-        body = {"model": self.model, "messages": said, "seed": seed, **self._options}
+        body = {"model": self.model, "messages": said, "seed": seed, **self._options, **options}
         answer = self._ask({key: value for key, value in body.items() if value is not None})
         try:
-            text = answer.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+            whole = answer.json()
+            choice, usage = whole["choices"][0], whole.get("usage") or {}
+            text, reason = choice["message"]["content"], choice.get("finish_reason")
+            counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise EngineError(
                 f"{self.url} answered with something that is not a chat completion: {self._words(answer.text)!r:.100}; "
                 "expected the URL of an OpenAI-compatible endpoint, without /chat/completions"
             ) from None
         if not isinstance(text, str):
             raise RequestError(f"{self.url}: expected an answer in text, got {text!r:.60}")
-        return text
+        return ChatAnswer(text, reason, *(count if isinstance(count, int) else None for count in counts))
 
     def close(self) -> None:
         """Close the connections."""

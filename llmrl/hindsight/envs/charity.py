@@ -31,7 +31,7 @@ from typing import Any, Literal
 from llmrl.errors import DataError
 from llmrl.hindsight.dialogues import AGENT, Dialogue
 from llmrl.hindsight.envs.charity_words import ACTS, APPEALS, WORDS, heard, understand
-from llmrl.hindsight.envs.common import play, row_value
+from llmrl.hindsight.envs.common import Policy, play, row_value
 from llmrl.rollout.environment import Step
 from llmrl.rollout.seeds import derive_seed
 from llmrl.types import Message
@@ -257,9 +257,9 @@ def logs(count: int, seed: int, words: str = "short") -> list[Dialogue]:
     return [_logged(seed, number, words) for number in range(count)]
 
 
-def _logged(seed: int, number: int, words: str) -> Dialogue:
-    luck = random.Random(derive_seed(seed, TASK, number, "policy"))
-    row = {"type": luck.choice(TYPES), "words": words}
+def agent(luck: random.Random, provenance: Mapping[str, Any]) -> Policy:
+    """Return the agent of the logs, which draws from `luck`; `provenance` is that of a dialogue, for the words of its row."""
+    words = str(provenance["row"].get("words", "short"))
 
     def policy(history: Sequence[Message]) -> str:
         shares = behaviour(read(history)[0])
@@ -268,6 +268,27 @@ def _logged(seed: int, number: int, words: str) -> Dialogue:
         sentences = WORDS[words].acts[act]
         return sentences[int(sentence * len(sentences))]
 
+    return policy
+
+
+def is_best(history: Sequence[Message], text: str) -> bool:
+    """Tell whether a text of the agent is as good as any after a history, given what the user told in it."""
+    belief, words = read(history)
+    act, _ = understand(text, words)
+    if act is None:
+        return False
+    return act_value(belief, act, "best") > value(belief, "best") - 1e-9
+
+
+def best_texts(history: Sequence[Message]) -> tuple[str, ...]:
+    """Return the sentences of the best act after a history."""
+    return WORDS[read(history)[1]].acts[best_act(history)]
+
+
+def _logged(seed: int, number: int, words: str) -> Dialogue:
+    luck = random.Random(derive_seed(seed, TASK, number, "policy"))
+    row = {"type": luck.choice(TYPES), "words": words}
     world = derive_seed(seed, TASK, number, "world")
+    provenance = {"seed": world, "row": row}
     name = f"{TASK}-{seed}-{number}"
-    return play(Charity(row, world), policy, id=name, task=TASK, provenance={"seed": world, "row": row})
+    return play(Charity(row, world), agent(luck, provenance), id=name, task=TASK, provenance=provenance)

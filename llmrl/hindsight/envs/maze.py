@@ -24,7 +24,7 @@ from typing import Any
 
 from llmrl.errors import DataError
 from llmrl.hindsight.dialogues import AGENT, Dialogue
-from llmrl.hindsight.envs.common import play, row_value
+from llmrl.hindsight.envs.common import Policy, play, row_value
 from llmrl.rollout.environment import Step
 from llmrl.rollout.seeds import derive_seed
 from llmrl.types import Message
@@ -194,28 +194,41 @@ def logs(count: int, seed: int, observation: str = "short") -> list[Dialogue]:
     return [_logged(seed, number, observation) for number in range(count)]
 
 
-def _logged(seed: int, number: int, observation: str) -> Dialogue:
-    luck = random.Random(derive_seed(seed, TASK, number, "policy"))
-    start = luck.choice(STARTS)
-    at_random = 1.0 if number % 2 == 0 else luck.uniform(0.5, 0.8)
+def agent(luck: random.Random, provenance: Mapping[str, Any]) -> Policy:
+    """Return the walker of the logs, which draws from `luck`; a dialogue's `provenance` says how often it moves at random."""
+    at_random = float(provenance["random_moves"])
 
     def policy(history: Sequence[Message]) -> str:
         if luck.random() < 0.02:
             return luck.choice(_INVALID)
         return luck.choice(list(MOVES)) if luck.random() < at_random else best_action(history)
 
+    return policy
+
+
+def is_best(history: Sequence[Message], text: str) -> bool:
+    """Tell whether a text of the agent is as good as any after a history."""
+    cell, action = position(history), parse(text)
+    if action is None:
+        return False
+    values = dict(zip(MOVES, _action_values(cell, best_values()), strict=True))
+    return values[action] > max(values.values()) - 1e-9
+
+
+def best_texts(history: Sequence[Message]) -> tuple[str, ...]:
+    """Return the best move after a history, in its one wording."""
+    return (best_action(history),)
+
+
+def _logged(seed: int, number: int, observation: str) -> Dialogue:
+    luck = random.Random(derive_seed(seed, TASK, number, "policy"))
+    start = luck.choice(STARTS)
+    at_random = 1.0 if number % 2 == 0 else luck.uniform(0.5, 0.8)
     world = derive_seed(seed, TASK, number, "world")
-    return play(
-        Maze({"start": start, "observation": observation}, world),
-        policy,
-        id=f"{TASK}-{seed}-{number}",
-        task=TASK,
-        provenance={
-            "seed": world,
-            "row": {"start": list(start), "observation": observation},
-            "random_moves": at_random,
-        },
-    )
+    row = {"start": list(start), "observation": observation}
+    provenance = {"seed": world, "row": row, "random_moves": at_random}
+    name = f"{TASK}-{seed}-{number}"
+    return play(Maze(row, world), agent(luck, provenance), id=name, task=TASK, provenance=provenance)
 
 
 def _action_values(cell: Cell, values: Mapping[Cell, float]) -> list[float]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from llmrl.errors import DataError
 from llmrl.hindsight.dialogues import AGENT, Dialogue
-from llmrl.hindsight.envs.common import normalised, play, row_value
+from llmrl.hindsight.envs.common import Policy, normalised, play, row_value
 from llmrl.rollout.environment import Step
 from llmrl.rollout.seeds import derive_seed
 from llmrl.types import Message
@@ -181,9 +181,8 @@ def logs(count: int, seed: int) -> list[Dialogue]:
     return [_logged(seed, number) for number in range(count)]
 
 
-def _logged(seed: int, number: int) -> Dialogue:
-    luck = random.Random(derive_seed(seed, TASK, number, "policy"))
-    hidden = luck.choice(OBJECTS)
+def agent(luck: random.Random, provenance: Mapping[str, Any]) -> Policy:
+    """Return the asker of the logs, which draws from `luck`; nothing of a dialogue's `provenance` changes it."""
 
     def policy(history: Sequence[Message]) -> str:
         said = [message.content for message in history if message.role == AGENT]
@@ -194,9 +193,26 @@ def _logged(seed: int, number: int) -> Dialogue:
             return question(luck.choice(sorted(possible)))
         return question(luck.choice(ATTRIBUTES))
 
+    return policy
+
+
+def is_best(history: Sequence[Message], text: str) -> bool:
+    """Tell whether a text of the agent asks what `best_action` asks; another one that is as good is not known for it."""
+    return parse(text) == parse(best_action(history))
+
+
+def best_texts(history: Sequence[Message]) -> tuple[str, ...]:
+    """Return the best text after a history, in its one wording."""
+    return (best_action(history),)
+
+
+def _logged(seed: int, number: int) -> Dialogue:
+    luck = random.Random(derive_seed(seed, TASK, number, "policy"))
+    hidden = luck.choice(OBJECTS)
     world = derive_seed(seed, TASK, number, "world")
     row, name = {"object": hidden}, f"{TASK}-{seed}-{number}"
-    return play(TwentyQuestions(row, world), policy, id=name, task=TASK, provenance={"seed": world, "row": row})
+    provenance = {"seed": world, "row": row}
+    return play(TwentyQuestions(row, world), agent(luck, provenance), id=name, task=TASK, provenance=provenance)
 
 
 def _split(possible: _Candidates, about: str) -> tuple[_Candidates, _Candidates]:

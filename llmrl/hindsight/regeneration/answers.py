@@ -1,0 +1,58 @@
+"""Answers of models, kept by what was asked: a run that is cut off, or begins again, asks nothing twice.
+
+The key is a hash of all that decides an answer: the model, the messages, how it is sampled, the schema, the seed. The shards
+are those of the rollout engine: append-only, each line with its checksum, whole after `kill -9`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+from llmrl.rollout.shards import ShardWriter, read_shards
+
+
+class Answers:
+    """Answers in a folder; can be used from many threads of one process.
+
+    Raises:
+        OutputError: another process is writing there, or the disk is full.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self._writer = ShardWriter(folder)
+        self._lock = threading.Lock()
+        self._known = {key: record for (key, _), record in read_shards(folder).items()}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return what was answered, or None."""
+        return self._known.get(key)
+
+    def put(self, key: str, answer: dict[str, Any]) -> None:
+        """Keep an answer; with the operating system when this returns."""
+        with self._lock:
+            self._writer.write((key, 0), answer, position=0)
+            self._known[key] = answer
+
+    def close(self) -> None:
+        """Force everything onto the disk."""
+        with self._lock:
+            self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def key_of(*parts: Any) -> str:
+    """Return a hash of JSON values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

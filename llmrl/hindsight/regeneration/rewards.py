@@ -1,0 +1,235 @@
+"""Reward models of finished dialogues, and how far each agrees with what is known of the logs.
+
+`rule` reads the words, or takes what a scripted world gives. `regression` reads the states of a frozen model, with a ridge on
+what the logs earned. `judge` asks a model with a rubric; its scores, which have units of their own, are put on the scale of the
+logs by a line through scored logs. What cannot tell good from bad logs thus gives all dialogues the same reward, not noise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrl.errors import DataError, UsageError
+from llmrl.hindsight.dialogues import Dialogue
+from llmrl.hindsight.regeneration.asking import Asker
+from llmrl.hindsight.regeneration.edits import BadAnswer
+from llmrl.hindsight.regeneration.forward import Continuation
+from llmrl.hindsight.regeneration.prompts import RUBRIC, judge_prompt
+from llmrl.hindsight.regeneration.rules import at_the_end, rule_of
+from llmrl.intervals import draw_counts, interval
+from llmrl.rollout.seeds import derive_seed
+from llmrl.types import Message
+
+_TEST_SHARE = 0.3  # of labelled dialogues, on which a regression is measured and not fitted
+_ALPHAS = tuple(10.0**k for k in range(-1, 6))
+_DRAWS = 1000
+_JUDGE_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "reason": {"type": "string", "maxLength": 400},
+        "score": {"type": "integer", "minimum": 0, "maximum": 10},
+    },
+    "required": ["reason", "score"],
+    "additionalProperties": False,
+}
+Array = NDArray[np.float64]
+
+
+class Reward(Protocol):
+    """Rewards finished dialogues; can be called from many threads.
+
+    Attributes:
+        name: of what judges.
+        sd: standard deviation of its error on logs, None where it is exact.
+        agreement: with what is known of the logs, see `agreement`; None where it is exact.
+    """
+
+    name: str
+    sd: float | None
+    agreement: dict[str, Any] | None
+
+    def rewards(self, played: Continuation, task: str, seed: int) -> tuple[float, ...]:
+        """Return a reward for each message; other than 0 only at the agent's.
+
+        Raises:
+            BadAnswer: a judge answers what cannot be read.
+            BudgetSpent, RequestError, EngineError: it could not be asked.
+        """
+        ...
+
+
+class RuleReward:
+    """What the world gives, or the rule of the task reads.
+
+    Args:
+        dialogues: logs, for the agreement.
+        exact: the world gives rewards.
+    """
+
+    name = "rule"
+
+    def __init__(self, dialogues: Sequence[Dialogue], *, exact: bool) -> None:
+        self.sd, self.agreement = None, None
+        if not exact:
+            rules = {task: rule_of(task) for task in {dialogue.task for dialogue in dialogues}}
+            read = [sum(rules[d.task](d.messages)) for d in dialogues]
+            actual = [d.total for d in dialogues]
+            self.agreement = agreement(read, actual)
+            self.sd = float(np.sqrt(np.mean(np.square(np.subtract(read, actual)))))
+
+    def rewards(self, played: Continuation, task: str, seed: int) -> tuple[float, ...]:
+        """See `Reward`."""
+        return played.rewards if played.rewards is not None else rule_of(task)(played.messages)
+
+
+class RegressionReward:
+    """A ridge on features of the dialogue, fitted to what the logs earned.
+
+    Args:
+        features: texts of dialogues to `[N, H]`.
+        dialogues: labelled ones, at least 20.
+        seed: of the split into what is fitted and what it is measured on.
+        name: of the model that the features come from.
+
+    Raises:
+        UsageError: too few dialogues, or scikit-learn is missing.
+    """
+
+    def __init__(
+        self,
+        features: Callable[[Sequence[Sequence[Message]]], Array],
+        dialogues: Sequence[Dialogue],
+        seed: int,
+        name: str,
+    ) -> None:
+        try:
+            from sklearn.linear_model import RidgeCV
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
+        except ImportError:
+            raise UsageError("--reward regression needs scikit-learn: pip install scikit-learn") from None
+        if len(dialogues) < 20:
+            raise UsageError(f"--reward regression: expected 20 labelled dialogues at least, got {len(dialogues)}")
+        self.name, self._features = f"regression on {name}", features
+        order = sorted(range(len(dialogues)), key=lambda i: derive_seed(seed, "reward", dialogues[i].id))
+        cut = round(_TEST_SHARE * len(order))
+        states = features([d.messages for d in dialogues])
+        totals = np.array([d.total for d in dialogues])
+        test, fit = order[:cut], order[cut:]
+        self._model = make_pipeline(StandardScaler(), RidgeCV(_ALPHAS)).fit(states[fit], totals[fit])
+        self._low, self._high = float(totals.min()), float(totals.max())
+        predicted = self._predict(states[test])
+        self.agreement: dict[str, Any] | None = agreement(predicted.tolist(), totals[test].tolist())
+        self.sd: float | None = float(np.sqrt(np.mean((predicted - totals[test]) ** 2)))
+
+    def _predict(self, states: Array) -> Array:
+        # nothing regenerated can be worth more than the best log: a line goes on for ever
+        return np.clip(self._model.predict(states), self._low, self._high)
+
+    def rewards(self, played: Continuation, task: str, seed: int) -> tuple[float, ...]:
+        """See `Reward`."""
+        return at_the_end(played.messages, float(self._predict(self._features([played.messages]))[0]))
+
+
+class JudgeReward:
+    """A model with a rubric.
+
+    Args:
+        asker: the model, as "judge".
+        dialogues: labelled ones that it scores, to be put on their scale; a few dozen.
+        seed: of its answers.
+        rubric: what a score means.
+        progress: called with (done, total) after each of these.
+
+    Raises:
+        DataError: not one of them could be scored.
+        BudgetSpent, EngineError: it could not be asked.
+    """
+
+    def __init__(
+        self,
+        asker: Asker,
+        dialogues: Sequence[Dialogue],
+        seed: int,
+        rubric: str = RUBRIC,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.name, self._asker, self._rubric = f"judge {asker.name}", asker, rubric
+        scores, totals, bad = [], [], 0
+        for i, dialogue in enumerate(dialogues):
+            try:
+                scores.append(self._score(dialogue.messages, derive_seed(seed, "judge", dialogue.id)))
+                totals.append(dialogue.total)
+            except BadAnswer:
+                bad += 1
+            progress(i + 1, len(dialogues))
+        if not scores:
+            raise DataError(f"judge {asker.name}: none of {len(dialogues)} logs could be scored; take another model")
+        self.agreement: dict[str, Any] | None = {**agreement(scores, totals), "unread": bad}
+        x, y = np.array(scores), np.array(totals)
+        spread = float(((x - x.mean()) ** 2).sum())
+        self._slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum()) / spread) if spread else 0.0
+        self._intercept = float(y.mean() - self._slope * x.mean())
+        self.sd: float | None = float(np.sqrt(np.mean((self._slope * x + self._intercept - y) ** 2)))
+
+    def rewards(self, played: Continuation, task: str, seed: int) -> tuple[float, ...]:
+        """See `Reward`."""
+        score = self._score(played.messages, derive_seed(seed, "judge"))
+        return at_the_end(played.messages, self._slope * score + self._intercept)
+
+    def _score(self, messages: Sequence[Message], seed: int) -> float:
+        answer = self._asker.ask(judge_prompt(messages, self._rubric, _JUDGE_SCHEMA), seed, _JUDGE_SCHEMA)
+        try:
+            score = json.loads(answer.text)["score"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise BadAnswer("judge: prose", f"no score in {answer.text[:80]!r} ({type(error).__name__})") from None
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 10:
+            raise BadAnswer("judge: no score", f"expected a score from 0 to 10, got {score!r:.40}")
+        return float(score)
+
+
+def agreement(predicted: Sequence[float], actual: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """Return how far predictions agree with what dialogues did earn.
+
+    Args:
+        predicted, actual: of the same dialogues.
+        seed: of the bootstrap over dialogues.
+
+    Returns:
+        `spearman` and `pairs` (share of pairs of different outcome that are in the right order, ties half: .5 is chance), each
+        with a 95% interval, null where all are alike; `mean_error`, predicted less actual; `dialogues`.
+    """
+    x, y = np.asarray(predicted, float), np.asarray(actual, float)
+    found: dict[str, Any] = {"dialogues": len(x), "mean_error": float((x - y).mean())}
+    counts = draw_counts(len(x), _DRAWS, seed) if len(x) <= 5000 else np.ones((0, len(x)))
+    for name, measure in (("spearman", _spearman), ("pairs", _pairs_right)):
+        value = measure(x, y, np.ones(len(x)))
+        draws = np.array([measure(x, y, row) for row in counts[: _DRAWS if name == "spearman" else 200]])
+        low, high = (-1.0, 1.0) if name == "spearman" else (0.0, 1.0)
+        found[name] = None if math.isnan(value) else interval(value, draws, low, high, basic=False)
+    return found
+
+
+def _spearman(x: Array, y: Array, weights: Array) -> float:
+    a, b = (_ranks(np.repeat(v, weights.astype(int))) for v in (x, y))
+    spread = float(a.std() * b.std())
+    return float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread else float("nan")
+
+
+def _ranks(values: Array) -> Array:
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(values), dtype=float)
+
+
+def _pairs_right(x: Array, y: Array, weights: Array) -> float:
+    dx, dy = np.sign(x[:, None] - x[None]), np.sign(y[:, None] - y[None])
+    both = weights[:, None] * weights[None] * (dy != 0)
+    total = float(both.sum())
+    return float((both * (1 + dx * dy) / 2).sum() / total) if total else float("nan")

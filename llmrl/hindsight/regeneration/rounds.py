@@ -1,0 +1,346 @@
+"""Rounds of regeneration: each edits what the round before it made, at or after the turn that was edited last.
+
+    round 1: logs          -> edit, play on, reward -> new dialogues
+    round 2: those of round 1 -> edit, play on, reward -> ...
+
+One edit mends one fault; what is played on from there has the faults of the agent that plays. Rounds put the repairs in a row.
+A dialogue is one job, independent of all others: its luck is a hash of the run's seed and the dialogue's id, so the order of
+answers changes nothing, and neither does a run that was cut off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from llmrl.errors import DataError, EngineError, RequestError
+from llmrl.hindsight.dialogues import AGENT, BadDialogue, Dialogue
+from llmrl.hindsight.regeneration.budget import BudgetSpent
+from llmrl.hindsight.regeneration.controllers import Controller, Proposal, Task
+from llmrl.hindsight.regeneration.edits import BadAnswer, Edit, Refused
+from llmrl.hindsight.regeneration.forward import Continuation, Forward
+from llmrl.hindsight.regeneration.rewards import Reward
+from llmrl.hindsight.regeneration.validation import Limits, check_edit
+from llmrl.rollout.seeds import derive_seed
+from llmrl.types import Message
+
+_GIVE_UP = 5  # dialogues in a row that nobody answered for: the endpoint is gone
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What regenerates: who edits, who plays on, who judges."""
+
+    controller: Controller
+    forward: Forward
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How.
+
+    Attributes:
+        rounds: how often.
+        edits: most turns edited of one dialogue in a round; 0: all that were at fault.
+        candidates: utterances for each turn; each is played on.
+        retries: how often a controller is asked again when nothing of its answer can be used.
+        concurrency: dialogues under way.
+        seed: of everything.
+        counts: dialogues to make in each round, where they are to be as many as another run made; else one job a dialogue.
+    """
+
+    rounds: int = 1
+    edits: int = 1
+    candidates: int = 1
+    retries: int = 2
+    concurrency: int = 16
+    seed: int = 0
+    counts: tuple[int, ...] | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of one dialogue in one round.
+
+    Attributes:
+        made: new dialogues.
+        refused: what could not be used, with the attempt.
+        attempts: how often the controller was asked.
+        unfinished: "budget" or the error of a request: it may go otherwise another time.
+    """
+
+    made: list[Dialogue] = field(default_factory=list)
+    refused: list[tuple[int, Refused]] = field(default_factory=list)
+    attempts: int = 0
+    no_fault: bool = False
+    unfinished: str | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round made: its jobs in order, with the dialogue that each is of."""
+
+    number: int
+    jobs: list[tuple[Dialogue, Outcome]]
+
+    @property
+    def made(self) -> list[Dialogue]:
+        """New dialogues, in order."""
+        return [dialogue for _, outcome in self.jobs for dialogue in outcome.made]
+
+    def reasons(self) -> Counter[str]:
+        """Return how often each reason was given."""
+        return Counter(refused.reason for _, outcome in self.jobs for _, refused in outcome.refused)
+
+
+def regenerate(
+    dialogues: Sequence[Dialogue],
+    parts: Parts,
+    settings: Settings,
+    progress: Callable[[int, int, int], None] = lambda number, done, total: None,
+) -> list[Round]:
+    """Return what each round made.
+
+    Args:
+        dialogues: the logs.
+        parts, settings: see there.
+        progress: called with (round, done, total) after each dialogue.
+
+    Raises:
+        EngineError: an endpoint or engine is gone; answers up to then are kept by the askers.
+        DataError: no dialogue has a turn that may be edited.
+    """
+    limits, found = Limits.of(dialogues), list[Round]()
+    pool = list(dialogues)
+    seen = {(root_of(d), _texts(d.messages)) for d in dialogues}
+    for number in range(1, settings.rounds + 1):
+        jobs = _jobs(pool, settings, number)
+        if not jobs:
+            break
+        work = _Work(parts, settings, limits, number)
+        wanted = settings.counts[number - 1] if settings.counts is not None else None
+        outcomes = _run(work, jobs, settings.concurrency, partial(progress, number))
+        done = Round(number, list(zip([dialogue for dialogue, _ in jobs], outcomes, strict=True)))
+        _drop_twins(done, seen, wanted)
+        found.append(done)
+        pool = done.made
+    if not found:
+        raise DataError("no dialogue has a turn of the agent that may be edited")
+    return found
+
+
+def root_of(dialogue: Dialogue) -> str:
+    """Return the id of the log that a dialogue goes back to."""
+    return str(dialogue.provenance.get("regenerated", {}).get("source", dialogue.id))
+
+
+def open_turns(dialogue: Dialogue) -> tuple[int, ...]:
+    """Return the turns of the agent that may be edited: all of a log, those from the last edit on of what was made."""
+    first = int(dialogue.provenance.get("regenerated", {}).get("turn", 0))
+    return tuple(i for i in dialogue.agent_turns if i >= first)
+
+
+def _jobs(pool: Sequence[Dialogue], settings: Settings, number: int) -> list[tuple[Dialogue, int]]:
+    """Return (dialogue, repetition): each once, or as many as another run made, in an order that the seed draws."""
+    if settings.counts is None:
+        return [(dialogue, 0) for dialogue in pool]
+    if number > len(settings.counts) or not pool:
+        return []
+    order = sorted(pool, key=lambda d: derive_seed(settings.seed, "order", number, d.id))
+    # some edits are refused: a few more than are wanted, of which the first are taken
+    count = settings.counts[number - 1] + max(8, settings.counts[number - 1] // 8)
+    return [(order[i % len(order)], i // len(order)) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class _Work:
+    parts: Parts
+    settings: Settings
+    limits: Limits
+    number: int
+
+    def job(self, dialogue: Dialogue, repetition: int) -> Outcome:
+        """Edit one dialogue and play it on."""
+        outcome = Outcome()
+        turns = open_turns(dialogue)
+        edits = self.settings.edits or len(turns)
+        seed = derive_seed(self.settings.seed, "regenerate", self.number, dialogue.id, repetition)
+        task = Task(dialogue, turns, edits, self.settings.candidates, seed)
+        try:
+            usable, proposal = self._propose(task, outcome)
+            for edit in usable:
+                self._play(task, edit, proposal, repetition, outcome)
+        except BudgetSpent:
+            outcome.unfinished = "budget"
+        except EngineError as error:
+            outcome.unfinished = str(error)
+        return outcome
+
+    def _propose(self, task: Task, outcome: Outcome) -> tuple[list[Edit], Proposal]:
+        """Return edits that can be used, and the answer they are from; ask again while there is none."""
+        complaint = None
+        for attempt in range(self.settings.retries + 1):
+            outcome.attempts += 1
+            try:
+                proposal = self.parts.controller.propose(task, attempt, complaint)
+            except BadAnswer as bad:
+                outcome.refused.append((attempt, bad.refused))
+                complaint = bad.refused.detail
+                continue
+            except RequestError as error:
+                outcome.refused.append((attempt, Refused("request refused", str(error))))
+                break  # the same question will be refused again
+            if not proposal.edits:
+                outcome.no_fault = True
+                return [], proposal
+            usable, refused = self._sort(task, proposal.edits)
+            outcome.refused += [(attempt, one) for one in refused]
+            if usable:
+                return usable, proposal
+            complaint = refused[0].detail
+        return [], Proposal([], task.seed)
+
+    def _sort(self, task: Task, edits: Sequence[Edit]) -> tuple[list[Edit], list[Refused]]:
+        usable, refused, seen = list[Edit](), list[Refused](), set[tuple[int, str]]()
+        for edit in edits:
+            wrong = check_edit(edit, task.dialogue, task.turns, self.limits)
+            key = (edit.turn, edit.utterance.strip())
+            if wrong is None and key in seen:
+                wrong = Refused("duplicate", "the same utterance for the same turn twice", edit)
+            if wrong is None and len({turn for turn, _ in seen} | {edit.turn}) > task.edits:
+                wrong = Refused("more than asked for", f"edits of more than {task.edits} turns", edit)
+            if wrong is None and sum(turn == edit.turn for turn, _ in seen) >= task.candidates:
+                wrong = Refused("more than asked for", f"more than {task.candidates} utterances for one turn", edit)
+            if wrong is None:
+                seen.add(key)
+                usable.append(edit)
+            else:
+                refused.append(wrong)
+        return usable, refused
+
+    def _play(self, task: Task, edit: Edit, proposal: Proposal, repetition: int, outcome: Outcome) -> None:
+        """Play on from one edit, and add what came of it."""
+        source, name = task.dialogue, _name(self.number, edit, repetition)
+        prefix = (*source.messages[: edit.turn], Message(AGENT, edit.utterance.strip()))
+        seed = derive_seed(task.seed, "forward", name)
+        try:
+            played = self.parts.forward.complete(source, prefix, seed)
+            rewards = self.parts.reward.rewards(played, source.task, seed)
+            outcome.made.append(self._dialogue(source, edit, proposal, played, rewards, name))
+        except BadAnswer as bad:
+            refused = bad.refused
+            outcome.refused.append((0, Refused(refused.reason, refused.detail, edit, refused.answer)))
+        except BadDialogue as bad_dialogue:
+            outcome.refused.append((0, Refused(bad_dialogue.reason, str(bad_dialogue), edit)))
+        except RequestError as error:
+            outcome.refused.append((0, Refused("request refused", str(error), edit)))
+
+    def _dialogue(
+        self,
+        source: Dialogue,
+        edit: Edit,
+        proposal: Proposal,
+        played: Continuation,
+        rewards: Sequence[float],
+        name: str,
+    ) -> Dialogue:
+        before = source.provenance.get("regenerated", {})
+        kept = [one for one in before.get("turns", []) if one["turn"] < edit.turn]
+        names = {"agent": self.parts.forward.agent_name, "user": self.parts.forward.name}
+        turns = [
+            _made(edit.turn, "controller", self.parts.controller.name, proposal.prompt, proposal.seed, self.number)
+        ]
+        turns += [_made(i, who, names[who], prompt, seed, self.number) for i, who, prompt, seed in played.made]
+        provenance = {
+            **{key: value for key, value in source.provenance.items() if key != "regenerated"},
+            "regenerated": {
+                "source": root_of(source),
+                "parent": source.id,
+                "round": self.number,
+                "turn": edit.turn,
+                "said": source.messages[edit.turn].content,
+                "diagnosis": edit.diagnosis,
+                "parent_return": source.total,
+                "reward": self.parts.reward.name,
+                "reward_sd": self.parts.reward.sd,
+                "turns": kept + turns,
+            },
+        }
+        return Dialogue(
+            id=f"{source.id}~{name}",
+            messages=played.messages,
+            rewards=tuple(rewards),
+            done=played.done,
+            truncated=played.truncated,
+            task=source.task,
+            provenance=provenance,
+        )
+
+
+def _made(turn: int, by: str, model: str, prompt: str | None, seed: int, number: int) -> dict[str, Any]:
+    return {"turn": turn, "by": by, "model": model, "prompt": prompt, "seed": seed, "round": number}
+
+
+def _name(number: int, edit: Edit, repetition: int) -> str:
+    return f"{number}.{edit.turn}.{edit.candidate}" + (f".{repetition}" if repetition else "")
+
+
+def _run(
+    work: _Work, jobs: Sequence[tuple[Dialogue, int]], concurrency: int, progress: Callable[[int, int], None]
+) -> list[Outcome]:
+    """Do all jobs and return what became of them, in order.
+
+    Raises:
+        EngineError: several in a row got no answer.
+    """
+    lost, done, futures = 0, 0, list[Future[Outcome]]()
+    with ThreadPoolExecutor(concurrency, thread_name_prefix="regenerate") as pool:
+        try:
+            futures = [pool.submit(work.job, *job) for job in jobs]
+            left = set(futures)
+            while left:
+                finished, left = wait(left, timeout=0.5, return_when="FIRST_COMPLETED")
+                for future in finished:
+                    outcome = future.result()
+                    failed = outcome.unfinished not in (None, "budget")
+                    lost = lost + 1 if failed else 0
+                    done += 1
+                    progress(done, len(jobs))
+                    if lost >= min(_GIVE_UP, len(jobs)):
+                        raise EngineError(
+                            f"{lost} dialogues in a row got no answer; the last: {outcome.unfinished}\nanswers up to then are "
+                            "kept, the same command goes on with them"
+                        )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def _drop_twins(done: Round, seen: set[tuple[str, str]], wanted: int | None) -> None:
+    """Take out dialogues that are another one of the same log word for word, and those beyond the number that is wanted."""
+    kept = 0
+    for _, outcome in done.jobs:
+        unique = []
+        for dialogue in outcome.made:
+            key = (root_of(dialogue), _texts(dialogue.messages))
+            if wanted is not None and kept >= wanted:
+                continue
+            if key in seen:
+                turn = dialogue.provenance["regenerated"]["turn"]
+                edit = Edit(turn, dialogue.provenance["regenerated"]["diagnosis"], dialogue.messages[turn].content)
+                outcome.refused.append((0, Refused("duplicate", "the dialogue is there already, word for word", edit)))
+                continue
+            seen.add(key)
+            unique.append(dialogue)
+            kept += 1
+        outcome.made = unique
+
+
+def _texts(messages: Sequence[Message]) -> str:
+    return "\n".join(f"{m.role}:{m.content}" for m in messages)

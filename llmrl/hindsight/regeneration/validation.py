@@ -1,0 +1,153 @@
+"""Whether an edit can be used: pure functions of the edit, its dialogue and the logs.
+
+The hardest of them is leakage. A controller has read to the end; the agent at that turn had not. An utterance that takes up
+what the user says only later would teach the agent to guess, and its value would be that of a guess that is always right.
+Quotations can be found (four words running, names, numbers, rare words); knowledge that shows in no word cannot be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from llmrl.hindsight.dialogues import AGENT, Dialogue
+from llmrl.hindsight.regeneration.edits import Edit, Refused
+from llmrl.types import Message
+
+_RUN = 4  # words that a quotation has at least
+_RARE = 2  # rare words of the user's that are too many
+_COMMON = 3  # a word is the agents' own when they say it in so many dialogues
+_LEAST_LIMIT = 30  # words that an utterance may have however short those of the logs are
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_CAPITAL = re.compile(r"(?<![.!?:]\s)(?<!\A)(?<!\n)\b([A-Z][\w'’]+)")
+_RUNNING = re.compile(r"(\S)\1{19}")
+# English words that say nothing by themselves; a run of these alone is no quotation
+_FUNCTION = frozenset(
+    """
+    a about after again all also am an and any are as at be because been before being but by can could did do does
+    doing for from get give go good had has have he help her here him his how i i'd i'll i'm i've if in into is it it's
+    its just know let like make me more most much my no not now of on one only or other our out over please really say
+    see she so some such tell than thank thanks that that's the their them then there these they thing think this those
+    time to today too up us very want was way we well were what when where which who why will with would yes you you'd
+    you'll you're you've your
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the logs say is usual.
+
+    Attributes:
+        words: most words of an utterance: half as many again as the agent's longest.
+        common: words that agents say in several dialogues, in lower case.
+    """
+
+    words: int
+    common: frozenset[str]
+
+    @classmethod
+    def of(cls, dialogues: Iterable[Dialogue]) -> Limits:
+        """Return the limits that a set of dialogues gives."""
+        longest, in_dialogues = 0, Counter[str]()
+        for dialogue in dialogues:
+            said = [words_of(dialogue.messages[i].content) for i in dialogue.agent_turns]
+            longest = max(longest, *(len(words) for words in said))
+            in_dialogues.update({word for words in said for word in words})
+        common = frozenset(word for word, count in in_dialogues.items() if count >= _COMMON)
+        return cls(max(_LEAST_LIMIT, longest + longest // 2), common)
+
+
+def check_edit(edit: Edit, dialogue: Dialogue, allowed: Sequence[int], limits: Limits) -> Refused | None:
+    """Return why an edit cannot be used, or None; the first of these that holds is the reason.
+
+    Args:
+        edit: of a controller.
+        dialogue: that it was made for.
+        allowed: turns of the agent that may be edited.
+        limits: of the logs.
+    """
+    messages, said = dialogue.messages, edit.utterance.strip()
+    if not 0 <= edit.turn < len(messages):
+        return _refuse(edit, "turn out of range", f"turn {edit.turn} of a dialogue with turns 0 to {len(messages) - 1}")
+    if messages[edit.turn].role != AGENT:
+        return _refuse(edit, "not the agent's turn", f"turn {edit.turn} is the {messages[edit.turn].role}'s")
+    if edit.turn not in allowed:
+        return _refuse(edit, "turn not open", f"turn {edit.turn} lies before the last edit; open are {list(allowed)}")
+    if not said:
+        return _refuse(edit, "empty text", "the utterance is empty")
+    if any("\ud800" <= character <= "\udfff" for character in said):
+        return _refuse(edit, "broken text", "half of a surrogate pair")
+    words = words_of(said)
+    if words == words_of(messages[edit.turn].content) and words:
+        return _refuse(edit, "same text", "the utterance is what was said")
+    if is_endless(said):
+        return _refuse(edit, "repetition", f"the utterance repeats itself: {said[:80]!r}")
+    if len(words) > limits.words:
+        return _refuse(edit, "too long", f"{len(words)} words, at most {limits.words}")
+    if leak := leaked(said, messages, edit.turn, limits.common):
+        return _refuse(edit, "leak", f"the user says only later: {leak}")
+    return None
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
+    return _WORD.findall(text.lower().replace("’", "'"))
+
+
+def is_endless(text: str) -> bool:
+    """Tell whether a text goes round in circles: three words four times, few new words, one sign on and on."""
+    if _RUNNING.search(text):
+        return True
+    words = words_of(text)
+    if len(words) < 12:
+        return False
+    threes = Counter(zip(words, words[1:], words[2:], strict=False))
+    return max(threes.values()) >= 4 or len(set(words)) < len(words) / 3
+
+
+def leaked(text: str, messages: Sequence[Message], turn: int, common: frozenset[str] = frozenset()) -> str | None:
+    """Return what a text takes up that the world said only after `turn`, or None.
+
+    Args:
+        text: what the agent is to say at `turn`.
+        messages: of the whole dialogue.
+        turn: index of the turn that it replaces.
+        common: words that are the agents' own.
+
+    Returns:
+        The words: four running that do not all say nothing by themselves, a number or name, or two rare words. What was said
+        before, and what the agent itself said before the world did, is no leak.
+    """
+    known = " ".join(message.content for message in messages[:turn])
+    later: list[str] = []
+    for message in messages[turn:]:
+        if message.role == AGENT:
+            if not later:
+                known += " " + message.content
+        else:
+            later.append(message.content)
+    told = " ".join(later)
+    before, after = set(words_of(known)), words_of(told)
+    mine = words_of(text)
+    quoted = _runs(mine) & _runs(after) - _runs(words_of(known))
+    for run in sorted(quoted):
+        if sum(word not in _FUNCTION for word in run) >= 2:
+            return " ".join(run)
+    fresh = {word for word in after if word not in before and word not in common}
+    names = {name.lower() for name in _CAPITAL.findall(told) if name.lower() not in _FUNCTION}
+    telling = [word for word in mine if word in fresh and (word in names or any(c.isdigit() for c in word))]
+    if telling:
+        return telling[0]
+    rare = sorted({word for word in mine if word in fresh and word not in _FUNCTION and len(word) > 3})
+    return ", ".join(rare) if len(rare) >= _RARE else None
+
+
+def _runs(words: Sequence[str]) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
+
+
+def _refuse(edit: Edit, reason: str, detail: str) -> Refused:
+    return Refused(reason, detail, edit)
