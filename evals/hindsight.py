@@ -10,6 +10,9 @@
     maze-ablations   what settings, and shorter training, are worth there
     questions   twenty questions
     questions-10k   the same from ten times as many games
+    regeneration   the charity talk in short words, from logs with three rounds of regenerated ones beside them; what controls,
+                worse controllers and a worse user make of it (see hindsight_regenerated.py)
+    regeneration-long   the same in long words
 
 Each method and seed is trained once and kept in `--work_dir`; a run that is cut off goes on. Beta is chosen on episodes of
 another luck (seed SELECTION) than those that are reported. One policy a seed: a seed is of the logs, the weights and the order.
@@ -42,7 +45,8 @@ class Part:
     Attributes:
         env, variant: of `llmrl hindsight eval`.
         methods: what is compared, in the order of the table, by its name, with its own options of `llmrl hindsight train`
-            (`method` is the name where it is left out), and under "play" those of `llmrl hindsight eval`.
+            (`method` is the name where it is left out), and under "play" those of `llmrl hindsight eval`; "data" names
+            regenerated dialogues and how many rounds of them are learnt from, beside the logs; "seeds" are fewer than all.
         options: of training, for all of them.
         betas: of the grid.
         episodes: reported, for each policy.
@@ -74,6 +78,24 @@ _WALK = {
     "head": "mlp", "support": 0.05,
 }  # fmt: skip
 _ILQL = {"method": "ilql"}
+_ROUNDS = {"data": ("hindsight", 3)}
+_REGENERATED: dict[str, dict[str, Any]] = {
+    "bc, logs alone": {"method": "bc"},
+    "ilql, logs alone": _ILQL,
+    "bc": _ROUNDS,
+    "filtered-bc": _ROUNDS,
+    "mc": _ROUNDS,
+    "dpo": _ROUNDS | {"start": "bc"},
+    "ilql, round 1": _ILQL | {"data": ("hindsight", 1)},
+    "ilql, rounds 1 and 2": _ILQL | {"data": ("hindsight", 2)},
+    "ilql": _ROUNDS,
+    "ilql, random edits": _ILQL | {"data": ("random", 3)},
+    "ilql, no hindsight": _ILQL | {"data": ("no hindsight", 3)},
+}
+_FAULTS: dict[str, dict[str, Any]] = {
+    f"ilql, {source}": _ILQL | {"data": (source, 3), "seeds": 1}
+    for source in ("leaking", "noisy 30", "noisy 60", "agreeable")
+}
 PARTS = {
     "charity": Part("charity", "short", _ALL, {**_SCRATCH, "max_steps": 800}, (2, 4, 8, 16, 32), 300, 150),
     "charity-long": Part("charity", "long", _ALL, {**_SCRATCH, "max_steps": 1200}, (2, 4, 8, 16, 32), 300, 150),
@@ -122,6 +144,12 @@ PARTS = {
     "questions-10k": Part(
         "twenty-questions", None, _FOUR, {"lr": 1e-3, "heads_lr": 1e-3, "max_steps": 4000, "batch_size": 32},
         (0.5, 1, 2, 4, 8), 200, 100, logs=10_000,
+    ),
+    "regeneration": Part(
+        "charity", "short", _REGENERATED | _FAULTS, _SCRATCH | {"max_steps": 1600}, (8, 16, 32, 64, 128), 300, 150,
+    ),
+    "regeneration-long": Part(
+        "charity", "long", _REGENERATED, _SCRATCH | {"max_steps": 2400}, (8, 16, 32, 64, 128), 300, 150,
     ),
 }  # fmt: skip
 
@@ -188,6 +216,14 @@ def run_part(config: RunConfig, name: str, part: Part, path: Path) -> None:
         user = {"user": make_user(config, part, folder, seed)} if part.user else {}
         found["logs"][str(seed)] = logs
         for label in config.methods or part.methods:
+            if seed >= part.methods[label].get("seeds", config.seeds):
+                continue
+            if source := part.methods[label].get("data"):
+                from hindsight_regenerated import regenerated
+
+                found.setdefault("regenerated", {}).setdefault(str(seed), {})[source[0]] = regenerated(
+                    folder, source[0], seed
+                )
             one = one_policy(part, folder, label, seed, model, found["options"], user)
             found["policies"].setdefault(label, {})[str(seed)] = one
             write_json(path, summary(found) | found)
@@ -261,13 +297,18 @@ def one_policy(
     from llmrl.hindsight.options import TrainConfig
     from llmrl.hindsight.run import train
 
-    own = dict(part.methods[label])
+    own = {key: value for key, value in part.methods[label].items() if key != "seeds"}
     method, how = own.pop("method", label), user | own.pop("play", {})
-    name = label.replace(" ", "-")
+    name = label.replace(",", "").replace(" ", "-")
     target, kept = folder / name, folder / f"{name}.json"
-    start = str(folder / "bc") if method == "dpo" else model  # preferences begin where cloning ended
+    start = str(folder / own.pop("start", "bc")) if method == "dpo" else model  # preferences begin where cloning ended
+    data, source = [str(folder / "logs.jsonl.gz")], own.pop("data", None)
+    if source is not None:
+        from hindsight_regenerated import up_to
+
+        data.append(str(up_to(folder, *source)))
     wanted = TrainConfig(
-        data=[str(folder / "logs.jsonl.gz")], model=start, output_dir=str(target), method=method, seed=seed, quiet=True,
+        data=data, model=start, output_dir=str(target), method=method, seed=seed, quiet=True,
         overwrite=True, save_steps=10**6, **options | own,
     )  # fmt: skip
     told = {key: Path(value).name if key == "user" else value for key, value in how.items()}

@@ -27,7 +27,7 @@ DRAWS = 5000
 FILES = (
     "hindsight-charity", "hindsight-charity-long", "hindsight-charity-lora", "hindsight-charity-long-lora",
     "hindsight-charity-users", "hindsight-charity-ablations", "maze", "hindsight-maze-ablations", "hindsight-questions",
-    "hindsight-questions-10k",
+    "hindsight-questions-10k", "hindsight-regeneration", "hindsight-regeneration-long",
 )  # fmt: skip
 _RED, _BLUE, _GREEN, _GREY = "#c8442f", "#1f6fb4", "#2e8b57", "#9aa0a6"
 

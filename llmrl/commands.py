@@ -215,15 +215,18 @@ def run_hindsight(argv: list[str], prog: str = "llmrl hindsight", action: str | 
         "forward": regeneration.ForwardConfig,
     }
     config = parse_config(classes[action], argv, prog=prog, description=_HINDSIGHT[action])
-    quiet_libraries(config.quiet)
-    from llmrl.hindsight import evaluation, fold, run
-    from llmrl.hindsight.regeneration import user_model
-    from llmrl.hindsight.regeneration.run import run as regenerate
-
     if action == "regenerate":
+        if config.opens_models():
+            quiet_libraries(config.quiet)
+        from llmrl.hindsight.regeneration.run import run as regenerate
+
         found: dict[str, Any] = {}
         _done(lambda config: found.update(regenerate(config)), config)
         return EXIT_FAILED_ROWS if found.get("unfinished") else EXIT_DONE
+    quiet_libraries(config.quiet)
+    from llmrl.hindsight import evaluation, fold, run
+    from llmrl.hindsight.regeneration import user_model
+
     actions: dict[str, Callable[[Any], object]] = {
         "train": run.train,
         "eval": evaluation.evaluate,

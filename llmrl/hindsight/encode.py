@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -84,6 +84,32 @@ def encode_parts(tokenizer: Any, dialogue: Dialogue, window: int) -> list[Encode
         parts.append(Encoded(dialogue.id, ids + ahead, spans, ends, dialogue.total, lengths, turns, first))
         first += len(spans)
     return parts
+
+
+def without_copies(rows: Sequence[Encoded], dialogues: Sequence[Dialogue]) -> tuple[list[Encoded], int]:
+    """Take turns out of what is learnt that are copies of another dialogue's; they are still read. Return also their number.
+
+    A regenerated dialogue is its parent's up to the edited turn. Learnt in both, faults would be learnt as often as they were
+    mended later on; and because only a dialogue that went on can be edited late, copies make every turn look as if it had
+    mostly gone well.
+
+    Args:
+        rows: of the dialogues.
+        dialogues: where the parent of one is not among them, all of it is learnt.
+    """
+    known = {dialogue.id for dialogue in dialogues}
+    copied = {}
+    for dialogue in dialogues:
+        made = dialogue.provenance.get("regenerated")
+        if made and made["parent"] in known:
+            copied[dialogue.id] = sum(turn < made["turn"] for turn in dialogue.agent_turns)
+    kept, left_out = list[Encoded](), 0
+    for row in rows:
+        skip = min(len(row.spans), max(0, copied.get(row.id, 0) - row.first))
+        left_out += skip
+        if skip < len(row.spans):
+            kept.append(replace(row, spans=row.spans[skip:], first=row.first + skip))
+    return kept, left_out
 
 
 _Logged = tuple[Turn, float]

@@ -24,7 +24,7 @@ from llmrl.hindsight.batches import DialogueCollator, check_packing, examples_of
 from llmrl.hindsight.calibration import ToGo, alarms, to_go_of
 from llmrl.hindsight.datasets import read_files
 from llmrl.hindsight.dialogues import Dialogue
-from llmrl.hindsight.encode import Encoded, encode_dialogues
+from llmrl.hindsight.encode import Encoded, encode_dialogues, without_copies
 from llmrl.hindsight.model import DialogueModel, make_trainable
 from llmrl.hindsight.objective import VALUED, Objective
 from llmrl.hindsight.options import TrainConfig
@@ -40,6 +40,8 @@ from llmrl.training.run_callback import RunFilesCallback
 from llmrl.training.tracking import check_tracker
 from llmrl.value_heads import ValueHead, initialise_values
 
+# the others learn from what whole dialogues earned, so that a copy that ends otherwise says something new
+_EACH_ONCE = ("ilql", "bc")
 _PROBE = 256  # tokens; logits over a large vocabulary are compared on a CPU
 
 
@@ -65,6 +67,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         print(read.summary(), flush=True)
         _tell_cut_off(config, read.dialogues)
     used = best(rows, config.share) if config.method == "filtered-bc" else rows
+    copies = 0
+    if config.method in _EACH_ONCE:
+        used, copies = without_copies(rows, read.dialogues)
+        if copies and shown:
+            print(
+                f"{copies} turns are copies of other dialogues', from before an edit: read, and not learnt again",
+                flush=True,
+            )
     to_go = to_go_of(used, config.discount, config.discount_unit)
     trainer = _trainer(config, base, used, to_go, work_dir)
     check_processes(announce=not config.quiet)  # with their group, which the trainer's arguments started
@@ -80,6 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "kept_aside_by_reason": dict(Counter(reason for _, reason, _, _ in read.refused)),
             "cut_off": sum(dialogue.truncated for dialogue in read.dialogues),
             "used": len({row.id for row in used}),
+            "copied_turns": copies,
         },
         "returns": _summary(list({row.id: row.total for row in rows}.values())),
         "reward_scale": to_go.scale,

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmrl.errors import LlmrlError
 
-class BudgetSpent(Exception):
+
+class BudgetSpent(LlmrlError):
     """The next request might go over the budget."""
 
 
@@ -100,6 +102,16 @@ class Meter:
                 self._under_way -= 1
                 self._last = self._idle_since = now
                 self._lock.notify_all()
+
+    @contextmanager
+    def at_most(self, share: float) -> Iterator[None]:
+        """Let the block spend no more than this share of the whole budget; what it leaves is there afterwards."""
+        before = self.tokens, self.requests
+        self.tokens, self.requests = (None if most is None else int(share * most) for most in before)
+        try:
+            yield
+        finally:
+            self.tokens, self.requests = before
 
     def remember(self, role: str) -> None:
         """Count a question that an earlier answer served."""

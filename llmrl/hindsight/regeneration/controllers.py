@@ -189,8 +189,17 @@ class RandomEdits:
         return Proposal(edits, seed)
 
 
+# a grammar of JSON lets white space stand anywhere, and a weak model goes on with it for ever
+_BLANK = (
+    ", after nothing but white space: start vLLM with --structured-outputs-config "
+    '\'{"backend": "xgrammar", "disable_any_whitespace": true}\''
+)
+
+
 def _asked(asker: Asker, messages: list, seed: int, schema: dict) -> Proposal:
     answer = asker.ask(messages, seed, schema)
     if answer.cut:
-        raise BadAnswer("cut off", "the answer was cut off at its most tokens", answer.text)
+        raise BadAnswer(
+            "cut off", f"the answer was cut off at its most tokens{_BLANK * answer.text[-20:].isspace()}", answer.text
+        )
     return Proposal(parse_edits(answer.text), seed, answer.prompt_hash)

@@ -65,7 +65,7 @@ def edit_schema(turns: Sequence[int], edits: int, candidates: int) -> dict[str, 
 
     Args:
         turns: indices of the turns that may be edited.
-        edits: most turns that are edited; an answer without any says that nothing was at fault.
+        edits: most turns that are edited; one at least.
         candidates: utterances for each of them.
     """
     utterances = {
@@ -86,7 +86,7 @@ def edit_schema(turns: Sequence[int], edits: int, candidates: int) -> dict[str, 
     }
     return {
         "type": "object",
-        "properties": {"edits": {"type": "array", "items": edit, "maxItems": edits}},
+        "properties": {"edits": {"type": "array", "items": edit, "minItems": 1, "maxItems": edits}},
         "required": ["edits"],
         "additionalProperties": False,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmrl.base_model import load_tokenizer
 from llmrl.hindsight.dialogues import AGENT, Dialogue
 from llmrl.hindsight.regeneration.asking import split_endpoint
 from llmrl.hindsight.regeneration.edits import edit_schema
@@ -116,6 +115,8 @@ def _judge(config: RegenerateConfig, some: Sequence[Dialogue], played: int) -> l
 def _counter(who: str) -> Callable[[str], int]:
     if split_endpoint(who) is not None:
         return lambda text: -(-len(text.encode()) // _BYTES_A_TOKEN)
+    from llmrl.base_model import load_tokenizer
+
     tokenizer = load_tokenizer(who)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 

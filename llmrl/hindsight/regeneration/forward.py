@@ -95,6 +95,8 @@ class Replay:
             said = prefix[at] if known else Message(AGENT, agent(messages))
             if at >= len(prefix):
                 made.append((at, "agent", None, derive_seed(seed, "agent")))
+            if at == len(prefix) - 1:
+                environment = self.at_the_edit(environment)
             step = environment.step(said)
             messages += [said, *step.messages]
             rewards += [float(sum(step.rewards.values())), *(0.0 for _ in step.messages)]
@@ -106,6 +108,10 @@ class Replay:
                 raise BadAnswer("no way back", f"the environment ends at turn {len(messages) - 1}, before the edit")
             if step.done or step.truncated:
                 return Continuation(tuple(messages), tuple(rewards), step.done, step.truncated, tuple(made))
+
+    def at_the_edit(self, environment: Environment) -> Environment:
+        """Return who answers from the edited turn on; for studies of users that are not like those of the logs."""
+        return environment
 
 
 class ModelForward:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrl.base_model import ADAPTER_CONFIG
 from llmrl.errors import DataError, UsageError
 from llmrl.hindsight.dialogues import Dialogue
-from llmrl.hindsight.playing import ENVIRONMENTS
-from llmrl.hindsight.policy import open_policy
+from llmrl.hindsight.envs import charity, maze, twenty_questions
 from llmrl.hindsight.regeneration.answers import Answers
 from llmrl.hindsight.regeneration.asking import Asker, EndpointSource, EngineSource, Source, only_model, split_endpoint
 from llmrl.hindsight.regeneration.budget import Meter
@@ -33,14 +31,20 @@ from llmrl.hindsight.regeneration.prompts import RUBRIC, USER
 from llmrl.hindsight.regeneration.rewards import JudgeReward, RegressionReward, Reward, RuleReward
 from llmrl.hindsight.regeneration.rounds import Parts
 from llmrl.hindsight.regeneration.validation import Limits
-from llmrl.rollout.backends import open_engine
-from llmrl.rollout.engine import BaseEngine
 from llmrl.rollout.users import ChatEndpoint
 from llmrl.types import Message, SamplingConfig
+
+if TYPE_CHECKING:
+    from llmrl.rollout.engine import BaseEngine
 
 USER_FILE = "user.json"
 """In the folder of a trained forward model: its persona, and the ids of the dialogues that it was not trained on."""
 
+_SCRIPTS: dict[str, tuple[ModuleType, Any]] = {
+    "charity": (charity, charity.Charity),
+    "maze": (maze, maze.Maze),
+    "twenty-questions": (twenty_questions, twenty_questions.TwentyQuestions),
+}
 _TEMPERATURE = {"controller": 0.7, "judge": 0.0, "user": 1.0, "agent": 1.0}
 _TURN_SHARE = 4  # a turn is this much shorter than the longest answer
 _FEATURE_TOKENS = 2048
@@ -82,6 +86,11 @@ class Opener:
 
     def _engine(self, who: str) -> BaseEngine:
         if who not in self._engines:
+            # with endpoints and scripts alone no torch is loaded
+            from llmrl.base_model import ADAPTER_CONFIG
+            from llmrl.hindsight.policy import open_policy
+            from llmrl.rollout.backends import open_engine
+
             config, folder = self._config, Path(who).expanduser()
             if (folder / ADAPTER_CONFIG).is_file():
                 base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -121,7 +130,7 @@ def _controller(config: RegenerateConfig, dialogues: Sequence[Dialogue], opener:
         return RandomEdits(dialogues)
     without = config.control == "no_hindsight"
     if config.controller == "scripted":
-        module = _script(dialogues, "--controller")
+        module, _ = _script(dialogues, "--controller")
         return ScriptedForesight(module) if without else Scripted(module)
     asker = opener.asker(config.controller, "controller")
     usual = float(np.mean([dialogue.total for dialogue in dialogues]))
@@ -130,8 +139,7 @@ def _controller(config: RegenerateConfig, dialogues: Sequence[Dialogue], opener:
 
 def _forward(config: RegenerateConfig, dialogues: Sequence[Dialogue], opener: Opener) -> Forward:
     if config.forward == "scripted":
-        module = _script(dialogues, "--forward")
-        return Replay(module, ENVIRONMENTS[_task(dialogues)].make)
+        return Replay(*_script(dialogues, "--forward"))
     trained = read_user(config.forward)
     return ModelForward(
         opener.asker(config.forward, "user"),
@@ -172,7 +180,7 @@ def _reward(
         return RegressionReward(state_features(who), dialogues, config.seed, who)
     rubric = RUBRIC if config.rubric is None else _read_rubric(config.rubric)
     some = list(dialogues)[: config.calibration]
-    return JudgeReward(opener.asker(who, "judge"), some, config.seed, rubric, progress)
+    return JudgeReward(opener.asker(who, "judge"), some, config.seed, rubric, progress, config.concurrency)
 
 
 def _read_rubric(path: str) -> str:
@@ -185,14 +193,14 @@ def _read_rubric(path: str) -> str:
     return text
 
 
-def _script(dialogues: Sequence[Dialogue], what: str) -> ModuleType:
+def _script(dialogues: Sequence[Dialogue], what: str) -> tuple[ModuleType, Any]:
     task = _task(dialogues)
-    if task not in ENVIRONMENTS:
+    if task not in _SCRIPTS:
         raise UsageError(
-            f"{what} scripted: the dialogues are of task {task!r}, and scripts are there for {', '.join(ENVIRONMENTS)}; name a "
+            f"{what} scripted: the dialogues are of task {task!r}, and scripts are there for {', '.join(_SCRIPTS)}; name a "
             "model or NAME@URL"
         )
-    return ENVIRONMENTS[task].module
+    return _SCRIPTS[task]
 
 
 def _task(dialogues: Sequence[Dialogue]) -> str:

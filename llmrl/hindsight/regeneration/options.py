@@ -80,6 +80,11 @@ class RegenerateConfig:
         if self.match is not None and self.control == "none":
             raise UsageError("--match makes a control as large as another run; it goes with --control")
 
+    def opens_models(self) -> bool:
+        """Tell whether a model is opened here: with scripts and endpoints alone nothing heavy is loaded."""
+        named = (self.controller, self.forward, self.agent, self.reward.partition("=")[2])
+        return any(who and who != "scripted" and "://" not in who for who in named)
+
 
 @dataclass
 class ForwardConfig:

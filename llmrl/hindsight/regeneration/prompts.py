@@ -65,7 +65,7 @@ def controller_prompt(
             "",
             f"Outcome: the agent earned {dialogue.total:g}; conversations like this one earn {usual:.3g} on average.",
             f"Name {most} of the agent where something better could have been said{several}. Turns that may be named: "
-            f"{', '.join(map(str, turns))}. Where nothing was wrong, name none.",
+            f"{', '.join(map(str, turns))}.",
             _schema(schema),
             *([f"Your last answer could not be used: {complaint}"] if complaint else []),
         ]

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrl.errors import DataError, UsageError
+from llmrl.errors import DataError, RequestError, UsageError
 from llmrl.hindsight.dialogues import Dialogue
 from llmrl.hindsight.regeneration.asking import Asker
 from llmrl.hindsight.regeneration.edits import BadAnswer
@@ -146,6 +147,7 @@ class JudgeReward:
         seed: of its answers.
         rubric: what a score means.
         progress: called with (done, total) after each of these.
+        concurrency: of them under way.
 
     Raises:
         DataError: not one of them could be scored.
@@ -159,16 +161,17 @@ class JudgeReward:
         seed: int,
         rubric: str = RUBRIC,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        concurrency: int = 16,
     ) -> None:
         self.name, self._asker, self._rubric = f"judge {asker.name}", asker, rubric
-        scores, totals, bad = [], [], 0
-        for i, dialogue in enumerate(dialogues):
-            try:
-                scores.append(self._score(dialogue.messages, derive_seed(seed, "judge", dialogue.id)))
-                totals.append(dialogue.total)
-            except BadAnswer:
-                bad += 1
-            progress(i + 1, len(dialogues))
+        found = list[float | None]()
+        with ThreadPoolExecutor(concurrency) as pool:
+            for score in pool.map(lambda dialogue: self._score_of_log(dialogue, seed), dialogues):
+                found.append(score)
+                progress(len(found), len(dialogues))
+        scores = [score for score in found if score is not None]
+        totals = [dialogue.total for dialogue, score in zip(dialogues, found, strict=True) if score is not None]
+        bad = len(found) - len(scores)
         if not scores:
             raise DataError(f"judge {asker.name}: none of {len(dialogues)} logs could be scored; take another model")
         self.agreement: dict[str, Any] | None = {**agreement(scores, totals), "unread": bad}
@@ -182,6 +185,12 @@ class JudgeReward:
         """See `Reward`."""
         score = self._score(played.messages, derive_seed(seed, "judge"))
         return at_the_end(played.messages, self._slope * score + self._intercept)
+
+    def _score_of_log(self, dialogue: Dialogue, seed: int) -> float | None:
+        try:
+            return self._score(dialogue.messages, derive_seed(seed, "judge", dialogue.id))
+        except (BadAnswer, RequestError):
+            return None
 
     def _score(self, messages: Sequence[Message], seed: int) -> float:
         answer = self._asker.ask(judge_prompt(messages, self._rubric, _JUDGE_SCHEMA), seed, _JUDGE_SCHEMA)

@@ -31,6 +31,7 @@ from llmrl.training.tracking import progress_bar
 
 _DRAWS = 2000
 _FEWEST_HELD_OUT = 10
+_CALIBRATION_SHARE = 0.25  # of a budget
 
 
 def run(config: RegenerateConfig) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
         try:
             opener = Opener(config, stack, answers, meter)
             parts = open_parts(config, dialogues, opener, lambda done, total: bars.show("judge", done, total))
-            realism = _realism(config, dialogues, parts, bars)
+            with meter.at_most(_CALIBRATION_SHARE):
+                realism = _realism(config, dialogues, parts, bars)
             rounds = regenerate(
                 dialogues, parts, settings, lambda number, done, total: bars.show(f"round {number}", done, total)
             )
@@ -85,7 +87,8 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
         print(summary_of(report), flush=True)
         print(files.output, flush=True)
     if not made:
-        raise DataError(f"not one dialogue could be made; {files.refused} says why, by line")
+        spent = "the budget was spent before; raise it" if report["unfinished"].get("budget") else "see there"
+        raise DataError(f"not one dialogue could be made, {files.refused} says why line by line: {spent}")
     return report
 
 
