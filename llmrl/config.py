@@ -176,8 +176,8 @@ def _parser(
         elif kind is bool:
             parser.add_argument(f"--{name}", nargs="?", const="true", metavar="BOOL", help=text)
         elif is_list:
-            action = "extend" if field.metadata.get("verbatim") else "store"
-            parser.add_argument(f"--{name}", nargs="+", action=action, metavar=metavar, help=text)
+            # given twice, the second does not take the place of the first without a word
+            parser.add_argument(f"--{name}", nargs="+", action="extend", metavar=metavar, help=text)
         elif field.metadata.get("const"):
             parser.add_argument(f"--{name}", nargs="?", const=field.metadata["const"], metavar=metavar, help=text)
         else:

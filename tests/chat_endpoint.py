@@ -9,7 +9,7 @@ class ChatServer:
     """A chat endpoint whose answers are a list: a text, a (status, body, headers), or a function of the request."""
 
     def __init__(self):
-        self.answers, self.requests = [], []
+        self.answers, self.requests, self.models = [], [], ["m"]
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -29,6 +29,13 @@ class ChatServer:
                 self.send_header("content-length", str(len(text.encode())))
                 self.end_headers()
                 self.wfile.write(text.encode())
+
+            def do_GET(self):
+                text = json.dumps({"data": [{"id": name} for name in server.models]}).encode()
+                self.send_response(200)
+                self.send_header("content-length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
 
             def log_message(self, *args):
                 pass

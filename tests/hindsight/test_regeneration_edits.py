@@ -41,8 +41,8 @@ def test_edit_schema_holds_answers_to_what_was_asked_for():
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid(GOOD)
-    assert validator.is_valid({"edits": []})
     wrong = [
+        {"edits": []},
         {"edits": GOOD["edits"] * 2},
         json.loads(changed(turn=2)),
         json.loads(changed(turn=True)),
@@ -190,7 +190,7 @@ def test_limits_of_logs():
     [
         ("", False),
         ("no no no no no no no no", False),  # short
-        ("we can help you today " * 3, True),  # 15 words, 5 of them different: few new ones
+        ("we can help you today " * 3, False),  # a third of the words are new
         ("one two three and then one two three or else one two three but also one two three", True),
         ("one two three and then one two three or else one two three but also one two four", False),
         ("a" * 19, False),
@@ -267,7 +267,7 @@ def test_leaked_what_was_said_before_is_known():
 
 
 def test_leaked_what_the_agent_said_by_itself_is_known():
-    text = "Do you know the Zambezi orphans project?"
+    text = "It is the Zambezi orphans project."
     first = told("Hello.", "We run the Zambezi orphans project.", "I know the Zambezi orphans project.", "Good.")
     assert leaked(text, first, 1) is None
     after = told("Hello.", "Hi.", "I know the Zambezi orphans project.", "Right, the Zambezi orphans project.")

@@ -34,6 +34,10 @@ class Answers:
         """Return what was answered, or None."""
         return self._known.get(key)
 
+    def all(self) -> list[dict[str, Any]]:
+        """Return every answer."""
+        return list(self._known.values())
+
     def put(self, key: str, answer: dict[str, Any]) -> None:
         """Keep an answer; with the operating system when this returns."""
         with self._lock:

@@ -79,7 +79,7 @@ class Meter:
                     )
                 self._lock.wait()
             if self.requests is not None and sum(self.asked.values()) >= self.requests:
-                raise BudgetSpent(f"{self.requests} requests are made")
+                raise BudgetSpent(f"the budget is spent: {self.requests} requests are made")
             begun = time.monotonic()
             self._reserved += most
             self.asked[role] += 1

@@ -15,7 +15,7 @@ from typing import Any
 
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
 # of texts in an answer under constrained decoding: a small model would never come to an end
-_LONGEST_DIAGNOSIS, _LONGEST_UTTERANCE = 400, 1200
+_LONGEST_DIAGNOSIS, _LONGEST_UTTERANCE = 300, 800
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ answers changes nothing, and neither does a run that was cut off.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from llmrl.hindsight.regeneration.validation import Limits, check_edit
 from llmrl.rollout.seeds import derive_seed
 from llmrl.types import Message
 
+_MOST_TRIES = 10  # jobs for each dialogue that is wanted
 _GIVE_UP = 5  # dialogues in a row that nobody answered for: the endpoint is gone
 
 
@@ -119,14 +120,15 @@ def regenerate(
     pool = list(dialogues)
     seen = {(root_of(d), _texts(d.messages)) for d in dialogues}
     for number in range(1, settings.rounds + 1):
-        jobs = _jobs(pool, settings, number)
-        if not jobs:
+        if not pool or (settings.counts is not None and number > len(settings.counts)):
             break
         work = _Work(parts, settings, limits, number)
-        wanted = settings.counts[number - 1] if settings.counts is not None else None
-        outcomes = _run(work, jobs, settings.concurrency, partial(progress, number))
-        done = Round(number, list(zip([dialogue for dialogue, _ in jobs], outcomes, strict=True)))
-        _drop_twins(done, seen, wanted)
+        done = Round(number, [])
+        for jobs in _batches(pool, settings, done):
+            outcomes = _run(work, jobs, settings.concurrency, partial(progress, number))
+            new = list(zip([dialogue for dialogue, _ in jobs], outcomes, strict=True))
+            _drop_twins(new, seen)
+            done.jobs.extend(new)
         found.append(done)
         pool = done.made
     if not found:
@@ -145,16 +147,19 @@ def open_turns(dialogue: Dialogue) -> tuple[int, ...]:
     return tuple(i for i in dialogue.agent_turns if i >= first)
 
 
-def _jobs(pool: Sequence[Dialogue], settings: Settings, number: int) -> list[tuple[Dialogue, int]]:
-    """Return (dialogue, repetition): each once, or as many as another run made, in an order that the seed draws."""
+def _batches(pool: Sequence[Dialogue], settings: Settings, done: Round) -> Iterator[list[tuple[Dialogue, int]]]:
+    """Yield what is to be done as (dialogue, repetition): each once; or again and again, until there are as many as wanted.
+
+    The order in which they come again is drawn by the seed. `done` grows from batch to batch.
+    """
     if settings.counts is None:
-        return [(dialogue, 0) for dialogue in pool]
-    if number > len(settings.counts) or not pool:
-        return []
-    order = sorted(pool, key=lambda d: derive_seed(settings.seed, "order", number, d.id))
-    # some edits are refused: a few more than are wanted, of which the first are taken
-    count = settings.counts[number - 1] + max(8, settings.counts[number - 1] // 8)
-    return [(order[i % len(order)], i // len(order)) for i in range(count)]
+        yield [(dialogue, 0) for dialogue in pool]
+        return
+    wanted, start = settings.counts[done.number - 1], 0
+    order = sorted(pool, key=lambda d: derive_seed(settings.seed, "order", done.number, d.id))
+    while (left := wanted - len(done.made)) > 0 and start < _MOST_TRIES * wanted:
+        yield [(order[i % len(order)], i // len(order)) for i in range(start, start + left)]
+        start += left
 
 
 @dataclass(frozen=True)
@@ -322,23 +327,19 @@ def _run(
     return [future.result() for future in futures]
 
 
-def _drop_twins(done: Round, seen: set[tuple[str, str]], wanted: int | None) -> None:
-    """Take out dialogues that are another one of the same log word for word, and those beyond the number that is wanted."""
-    kept = 0
-    for _, outcome in done.jobs:
+def _drop_twins(jobs: Sequence[tuple[Dialogue, Outcome]], seen: set[tuple[str, str]]) -> None:
+    """Take out dialogues that are another one of the same log word for word."""
+    for _, outcome in jobs:
         unique = []
         for dialogue in outcome.made:
             key = (root_of(dialogue), _texts(dialogue.messages))
-            if wanted is not None and kept >= wanted:
-                continue
             if key in seen:
-                turn = dialogue.provenance["regenerated"]["turn"]
-                edit = Edit(turn, dialogue.provenance["regenerated"]["diagnosis"], dialogue.messages[turn].content)
+                made = dialogue.provenance["regenerated"]
+                edit = Edit(made["turn"], made["diagnosis"], dialogue.messages[made["turn"]].content)
                 outcome.refused.append((0, Refused("duplicate", "the dialogue is there already, word for word", edit)))
                 continue
             seen.add(key)
             unique.append(dialogue)
-            kept += 1
         outcome.made = unique
 
 
