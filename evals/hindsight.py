@@ -80,20 +80,21 @@ _WALK = {
 _ILQL = {"method": "ilql"}
 _ROUNDS = {"data": ("hindsight", 3)}
 _REGENERATED: dict[str, dict[str, Any]] = {
-    "bc, logs alone": {"method": "bc"},
-    "ilql, logs alone": _ILQL,
+    "bc on logs": {"method": "bc"},
+    "ilql on logs": _ILQL,
     "bc": _ROUNDS,
     "filtered-bc": _ROUNDS,
     "mc": _ROUNDS,
     "dpo": _ROUNDS | {"start": "bc"},
-    "ilql, round 1": _ILQL | {"data": ("hindsight", 1)},
-    "ilql, rounds 1 and 2": _ILQL | {"data": ("hindsight", 2)},
+    "ilql round 1": _ILQL | {"data": ("hindsight", 1)},
+    "ilql rounds 1-2": _ILQL | {"data": ("hindsight", 2)},
     "ilql": _ROUNDS,
-    "ilql, random edits": _ILQL | {"data": ("random", 3)},
-    "ilql, no hindsight": _ILQL | {"data": ("no hindsight", 3)},
+    "ilql copies learnt": _ILQL | {"data": ("hindsight", 3), "copies": True},
+    "ilql random": _ILQL | {"data": ("random", 3)},
+    "ilql no hindsight": _ILQL | {"data": ("no hindsight", 3)},
 }
 _FAULTS: dict[str, dict[str, Any]] = {
-    f"ilql, {source}": _ILQL | {"data": (source, 3), "seeds": 1}
+    f"ilql {source}": _ILQL | {"data": (source, 3), "seeds": 1}
     for source in ("leaking", "noisy 30", "noisy 60", "agreeable")
 }
 PARTS = {
@@ -146,10 +147,10 @@ PARTS = {
         (0.5, 1, 2, 4, 8), 200, 100, logs=10_000,
     ),
     "regeneration": Part(
-        "charity", "short", _REGENERATED | _FAULTS, _SCRATCH | {"max_steps": 1600}, (8, 16, 32, 64, 128), 300, 150,
+        "charity", "short", _REGENERATED | _FAULTS, _SCRATCH | {"max_steps": 1600}, (8, 32, 128), 300, 60,
     ),
     "regeneration-long": Part(
-        "charity", "long", _REGENERATED, _SCRATCH | {"max_steps": 2400}, (8, 16, 32, 64, 128), 300, 150,
+        "charity", "long", _REGENERATED, _SCRATCH | {"max_steps": 2400}, (8, 32, 128), 300, 60,
     ),
 }  # fmt: skip
 
@@ -299,14 +300,14 @@ def one_policy(
 
     own = {key: value for key, value in part.methods[label].items() if key != "seeds"}
     method, how = own.pop("method", label), user | own.pop("play", {})
-    name = label.replace(",", "").replace(" ", "-")
+    name = label.replace(" ", "-")
     target, kept = folder / name, folder / f"{name}.json"
     start = str(folder / own.pop("start", "bc")) if method == "dpo" else model  # preferences begin where cloning ended
     data, source = [str(folder / "logs.jsonl.gz")], own.pop("data", None)
     if source is not None:
         from hindsight_regenerated import up_to
 
-        data.append(str(up_to(folder, *source)))
+        data.append(str(up_to(folder, *source, copies=own.pop("copies", False))))
     wanted = TrainConfig(
         data=data, model=start, output_dir=str(target), method=method, seed=seed, quiet=True,
         overwrite=True, save_steps=10**6, **options | own,

@@ -114,13 +114,16 @@ def regenerated(folder: Path, source: str, seed: int) -> dict[str, Any]:
     return dict(json.loads(report.read_text(encoding="utf-8")))
 
 
-def up_to(folder: Path, source: str, rounds: int) -> Path:
-    """Return the file of the first rounds of a source."""
-    if rounds >= ROUNDS:
+def up_to(folder: Path, source: str, rounds: int, *, copies: bool = False) -> Path:
+    """Return the file of the first rounds of a source; with `copies`, one that does not say which turns are another's."""
+    if rounds >= ROUNDS and not copies:
         return folder / f"{source}.jsonl"
-    path = folder / f"{source}-{rounds}.jsonl"
+    path = folder / f"{source}-{rounds}{'-copies' if copies else ''}.jsonl"
     whole = read_dialogues([folder / f"{source}.jsonl"]).dialogues
-    write_objects(path, [d.to_json() for d in whole if d.provenance["regenerated"]["round"] <= rounds])
+    chosen = [d.to_json() for d in whole if d.provenance["regenerated"]["round"] <= rounds]
+    for row in chosen if copies else ():
+        row["provenance"].pop("regenerated")
+    write_objects(path, chosen)
     return path
 
 

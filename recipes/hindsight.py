@@ -1,6 +1,6 @@
 """Offline RL for dialogues: `accelerate launch recipes/hindsight.py --config recipes/hindsight/NAME.yaml [--option VALUE ...]`.
 
-The same code path as `llmrl hindsight train`; with eval, fold or logs in front of the options, as that command.
+The same code path as `llmrl hindsight train`; with another action in front of the options, as that command.
 """
 
 import sys
@@ -8,7 +8,7 @@ import sys
 from llmrl.commands import run_hindsight
 from llmrl.errors import run_command
 
-ACTIONS = ("train", "eval", "fold", "logs")
+ACTIONS = ("train", "eval", "fold", "logs", "regenerate", "forward")
 
 
 def main(argv: list[str]) -> int:

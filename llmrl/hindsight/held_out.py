@@ -44,7 +44,8 @@ def against_returns(
         `error` (root mean square), and `to_go`: its mean and its deviation, which is the error of saying the mean of all.
     """
     trunk = model.values if isinstance(model, TwoTrunks) else model
-    head = getattr(model, "llmrl_heads", {}).get(HEAD_NAME)
+    heads: Any = getattr(model, "llmrl_heads", {})
+    head = heads[HEAD_NAME] if HEAD_NAME in heads else None
     nll, tokens, turns = 0.0, 0, list[tuple[int, float, float, float]]()
     for number, row in enumerate(rows):
         ids = torch.tensor([row.input_ids], device=trunk.device)

@@ -12,12 +12,7 @@ from llmrl.hindsight.envs import charity
 from llmrl.hindsight.envs.charity import Charity
 from llmrl.hindsight.envs.common import play
 from llmrl.hindsight.regeneration.budget import Meter
-from llmrl.hindsight.regeneration.controllers import (
-    Proposal,
-    RandomEdits,
-    Scripted,
-    ScriptedForesight,
-)
+from llmrl.hindsight.regeneration.controllers import Proposal, RandomEdits, Scripted, ScriptedForesight
 from llmrl.hindsight.regeneration.edits import BadAnswer, Edit
 from llmrl.hindsight.regeneration.forward import Replay
 from llmrl.hindsight.regeneration.rewards import RuleReward
@@ -26,14 +21,13 @@ from llmrl.types import Message
 
 LOGS = charity.logs(60, 0)
 BY_ID = {one.id: one for one in LOGS}
+SCRIPTED = Scripted(charity)
 ASK, REQUEST = "Tell me what you prefer.", "Please make a donation now."
 
 
 def parts(controller=None, forward=None, logs=LOGS):
     """Return the scripted parts, or some in their place."""
-    return Parts(
-        controller or Scripted(charity), forward or Replay(charity, Charity), RuleReward(logs, exact=True)
-    )  # fmt: skip
+    return Parts(controller or SCRIPTED, forward or Replay(charity, Charity), RuleReward(logs, exact=True))
 
 
 def by_hand(one):
@@ -144,24 +138,27 @@ def test_regenerate_gives_every_dialogue_a_name_and_makes_none_twice():
     assert len(set(texts)) == len(texts)
 
 
-def test_regenerate_gets_better_with_every_round():
-    means = [sum(one.total for one in some) / len(some) for some in (LOGS, *(found.made for found in ROUNDS))]
-    assert means == sorted(means)
-    assert means[-1] > means[0] + 0.5
+def test_regenerate_reaches_what_no_log_has():
+    gains = [
+        sum(one.total - one.provenance["regenerated"]["parent_return"] for one in found.made) / len(found.made)
+        for found in ROUNDS
+    ]
+    # the first edit leaves the talk to the agent of the logs, which makes no use of it
+    assert min(gains[1:]) > 0.3
+    assert max(one.total for one in LOGS) < 1
+    assert max(one.total for one in MADE.values()) == pytest.approx(1.85)  # no question asked, a lucky guess
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: Scripted(charity), lambda: ScriptedForesight(charity), lambda: RandomEdits(LOGS)]
-)
-def test_regenerate_is_the_same_again_however_many_are_under_way(make):
+@pytest.mark.parametrize("controller", [SCRIPTED, ScriptedForesight(charity), RandomEdits(LOGS)], ids=lambda c: c.name)
+def test_regenerate_is_the_same_again_however_many_are_under_way(controller):
     settings = Settings(rounds=2, edits=1, candidates=2, seed=3)
     first, again = (
-        [[one.to_json() for one in found.made] for found in regenerate(LOGS[:30], parts(make()), how)]
+        [[one.to_json() for one in found.made] for found in regenerate(LOGS[:30], parts(controller), how)]
         for how in (settings, replace(settings, concurrency=1))
     )
     assert first == again
     assert all(first)
-    other = regenerate(LOGS[:30], parts(make()), replace(settings, seed=4))
+    other = regenerate(LOGS[:30], parts(controller), replace(settings, seed=4))
     assert [[one.to_json() for one in found.made] for found in other] != first
 
 
@@ -173,7 +170,9 @@ def test_regenerate_does_not_depend_on_the_other_dialogues():
     assert all(whole[one.id] == one for one in part)
 
 
-def test_regenerate_tells_of_progress():
+def test_regenerate_tells_of_progress_and_of_nothing_to_do():
+    with pytest.raises(DataError, match="no dialogue"):
+        regenerate([], parts(), Settings())
     seen = []
     regenerate(LOGS[:7], parts(), Settings(rounds=2), lambda *told: seen.append(told))
     assert seen[:7] == [(1, i + 1, 7) for i in range(7)]
@@ -190,11 +189,6 @@ def test_random_edits_with_counts_makes_as_many():
     said = {d.messages[i].content for d in LOGS for i in d.agent_turns}
     for one in rounds[0].made:
         assert one.messages[one.provenance["regenerated"]["turn"]].content in said
-
-
-def test_regenerate_without_dialogues():
-    with pytest.raises(DataError, match="no dialogue"):
-        regenerate([], parts(), Settings())
 
 
 # --- controllers that answer badly
@@ -236,10 +230,8 @@ def test_a_second_answer_that_is_good_is_taken():
     found = outcomes(Says(lambda task, n: [Edit(1, "so", ASK)] if n else BadAnswer("prose", "no JSON", "Hm.")), logs)
     assert [(len(outcome.made), outcome.attempts) for _, outcome in found.jobs] == [(1, 2)] * 10
     assert found.reasons() == {"prose": 10}
-    one = found.made[0].provenance["regenerated"]
-    assert (one["diagnosis"], one["turns"][0]) == (
-        "so", {"turn": 1, "by": "controller", "model": "says", "prompt": "asked", "seed": 17, "round": 1}
-    )  # fmt: skip
+    first = {"turn": 1, "by": "controller", "model": "says", "prompt": "asked", "seed": 17, "round": 1}
+    assert found.made[0].provenance["regenerated"]["turns"][0] == first
 
 
 def test_good_edits_beside_bad_ones_are_taken():
@@ -264,9 +256,10 @@ def test_a_request_that_is_refused_is_not_made_again():
 def test_dialogues_that_are_there_already_are_dropped():
     logs = [one for one in LOGS if one.messages[1].content != REQUEST][:2]
     found = outcomes(always((1, REQUEST)), logs, counts=(10,))
-    # 18 jobs of two dialogues; after a request the talk is over, so that all of one dialogue are alike
+    # after a request the talk is over, so that all that are made of one dialogue are alike
+    assert sorted(root_of(one) for one in found.made) == sorted(one.id for one in logs)
     assert [one.messages[1].content for one in found.made] == [REQUEST] * 2
-    assert found.reasons() == {"duplicate": 16}
+    assert found.reasons() == {"duplicate": len(found.jobs) - 2}
 
 
 # --- what goes wrong on the way
@@ -320,21 +313,22 @@ def test_a_forward_model_whose_words_cannot_be_used_is_counted():
 
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_a_budget_that_is_spent_leaves_the_rest(concurrency):
-    meter, scripted = Meter(requests=13), Scripted(charity)
+    meter = Meter(requests=13)
 
     class Counted:
         name = "counted"
 
         def propose(self, task, attempt=0, complaint=None):
             with meter.request("controller", 1):
-                return scripted.propose(task, attempt, complaint)
+                return SCRIPTED.propose(task, attempt, complaint)
 
     first, *rest = regenerate(LOGS, parts(Counted()), Settings(rounds=2, concurrency=concurrency, seed=5))
     left = [outcome.unfinished for _, outcome in first.jobs]
     assert Counter(left) == {None: 13, "budget": 47}
     if concurrency == 1:
         assert left[:13] == [None] * 13
-        assert first.made == [one for one in outcomes(None, LOGS).made if root_of(one) in {d.id for d in LOGS[:13]}]
+        whole = outcomes(None, LOGS).jobs[:13]
+        assert [d.messages for d in first.made] == [d.messages for _, outcome in whole for d in outcome.made]
     assert all(outcome.unfinished == "budget" for found in rest for _, outcome in found.jobs)
 
 

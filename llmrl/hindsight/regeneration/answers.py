@@ -16,15 +16,15 @@ from llmrl.rollout.shards import ShardWriter, read_shards
 
 
 class Answers:
-    """Answers in a folder; can be used from many threads of one process.
+    """Answers in a folder, which is made with the first of them; can be used from many threads of one process.
 
     Raises:
         OutputError: another process is writing there, or the disk is full.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self._writer = ShardWriter(folder)
-        self._lock = threading.Lock()
+        self._folder, self._lock = folder, threading.Lock()
+        self._writer: ShardWriter | None = None
         self._known = {key: record for (key, _), record in read_shards(folder).items()}
 
     def __len__(self) -> int:
@@ -41,13 +41,16 @@ class Answers:
     def put(self, key: str, answer: dict[str, Any]) -> None:
         """Keep an answer; with the operating system when this returns."""
         with self._lock:
+            if self._writer is None:
+                self._writer = ShardWriter(self._folder)
             self._writer.write((key, 0), answer, position=0)
             self._known[key] = answer
 
     def close(self) -> None:
         """Force everything onto the disk."""
         with self._lock:
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
 
     def __enter__(self) -> Self:
         return self
