@@ -7,8 +7,8 @@
     policies    bc, mc and ilql under LoRA on four fifths of the dialogues; on the rest how likely their words are, and whether
                 Q and V follow what was earned
 
-DIR holds persuasionforgood/dialogues.jsonl.gz and casino/dialogues.jsonl.gz. Donations are clipped to the 2 dollars that a
-participant had; how many that changes is in the file. A run that is cut off goes on.
+DIR holds persuasionforgood/dialogues.jsonl.gz and casino/{train,valid,test}.jsonl.gz. Donations are clipped to the 2 dollars
+that a participant had; how many that changes is in the file. A run that is cut off goes on.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from llmrl.config import option, parse_config
 from llmrl.errors import EXIT_DONE, UsageError, run_command
 
 SETS = {
-    "persuasion_for_good": "persuasionforgood/dialogues.jsonl.gz",
-    "casino": "casino/dialogues.jsonl.gz",
+    "persuasion_for_good": ("persuasionforgood/dialogues.jsonl.gz",),
+    "casino": ("casino/train.jsonl.gz", "casino/valid.jsonl.gz", "casino/test.jsonl.gz"),
 }
 METHODS = ("bc", "mc", "ilql")
 HELD_OUT = 0.2
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     for name in config.only or SETS:
         one = found.setdefault("sets", {}).setdefault(name, {})
         folder = Path(config.work_dir) / name
-        one["data"] = split(Path(config.data) / SETS[name], name, folder)
+        one["data"] = split([Path(config.data) / part for part in SETS[name]], name, folder)
         for method in METHODS:
             one.setdefault("policies", {})[method] = policy(config, folder, method)
             write_json(path, found)
@@ -75,13 +75,13 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
-def split(source: Path, name: str, folder: Path) -> dict[str, Any]:
+def split(sources: list[Path], name: str, folder: Path) -> dict[str, Any]:
     """Write train.jsonl and test.jsonl once, and return what is in the data."""
-    from llmrl.hindsight.datasets import load
+    from llmrl.hindsight.datasets import read_files
     from llmrl.jsonl import write_objects
     from llmrl.rollout.seeds import derive_seed
 
-    read = load(name, source)
+    read = read_files(sources, name)
     order = sorted(read.dialogues, key=lambda d: derive_seed(0, "split", d.id))
     cut = round(HELD_OUT * len(order))
     for part, rows in (("test", order[:cut]), ("train", order[cut:])):
@@ -142,9 +142,10 @@ def forward(config: RunConfig, folder: Path) -> dict[str, Any]:
     from llmrl.hindsight.dialogues import read_dialogues
     from llmrl.hindsight.regeneration.answers import Answers
     from llmrl.hindsight.regeneration.budget import Meter
-    from llmrl.hindsight.regeneration.opening import Opener, open_parts, read_user
+    from llmrl.hindsight.regeneration.opening import Opener, open_parts, read_user, state_features
     from llmrl.hindsight.regeneration.options import ForwardConfig, RegenerateConfig
     from llmrl.hindsight.regeneration.realism import compare
+    from llmrl.hindsight.regeneration.rewards import RegressionReward
     from llmrl.hindsight.regeneration.user_model import train
 
     target, logs = folder / "forward", folder / "train.jsonl"
@@ -170,6 +171,8 @@ def forward(config: RunConfig, folder: Path) -> dict[str, Any]:
             found[label] = compare(unseen, parts.forward, parts.reward, count=config.prefixes, seed=0)
             found["rule"] = {"agreement": parts.reward.agreement, "error": parts.reward.sd}
             found[label]["cost"] = meter.to_json()
+    regression = RegressionReward(state_features(config.model), dialogues, 0, config.model)
+    found["regression"] = {"agreement": regression.agreement, "error": regression.sd}
     return found
 
 
