@@ -2,7 +2,7 @@
 
     python evals/hindsight_llm.py --output_dir evals/results [--data dialogues.jsonl.gz of PersuasionForGood]
 
-The small model of this repository is controller, user, agent and judge, under constrained decoding. It has never seen a dialogue
+    python evals/hindsight_llm.py --output_dir evals/results [--data FILE]          # FILE: dialogues of PersuasionForGood
 and what it says is poor; the machinery around it is what is measured.
 """
 
@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
         charity = ["--data", logs, *parts, *sizes]
         found["dry_run"] = command("regenerate", *charity, "--output", folder / "dry.jsonl", "--dry_run").splitlines()
         found["charity"] = regenerated(folder / "whole.jsonl", *charity)
-        free = [*charity, "--constrained", "false"]
+        # without a grammar nothing of it is JSON, so that its scores could not be read either
+        free = [*charity, "--constrained", "false", "--reward", "rule"]
         found["charity, not constrained"] = regenerated(folder / "free.jsonl", *free)
         found["killed"] = killed(folder, found["charity"]["cost"]["requests"], charity)
         most = found["charity"]["cost"]["tokens"] // 2

@@ -4,6 +4,8 @@
 
     forward     a LoRA adapter on the user's side (trl SFT), and how it goes on from real prefixes of held-out dialogues, beside
                 the same model before training, which is told to be the user
+    leaks       how often the check of edits finds a later turn of the user's word for word, and how often what agents said in
+                other dialogues
     policies    bc, mc and ilql under LoRA on four fifths of the dialogues; on the rest how likely their words are, and whether
                 Q and V follow what was earned
 
@@ -14,6 +16,7 @@ that a participant had; how many that changes is in the file. A run that is cut 
 from __future__ import annotations
 
 import json
+import random
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,6 +67,7 @@ def main(argv: list[str]) -> int:
     for name in config.only or SETS:
         one = found.setdefault("sets", {}).setdefault(name, {})
         folder = Path(config.work_dir) / name
+        one["leaks"] = leaks([Path(config.data) / part for part in SETS[name]], name)
         one["data"] = split([Path(config.data) / part for part in SETS[name]], name, folder)
         for method in METHODS:
             one.setdefault("policies", {})[method] = policy(config, folder, method)
@@ -97,6 +101,27 @@ def split(sources: list[Path], name: str, folder: Path) -> dict[str, Any]:
         "clipped": sum(donation > 2 for donation in donated),
         "most_before_clipping": max(donated, default=None),
     }
+
+
+def leaks(sources: list[Path], name: str, dialogues: int = 300) -> dict[str, Any]:
+    """Return how often the check for leaks finds what the user says later word for word, and what was said elsewhere."""
+    from llmrl.hindsight.datasets import read_files
+    from llmrl.hindsight.dialogues import AGENT
+    from llmrl.hindsight.regeneration.validation import Limits, leaked
+
+    logs, luck = read_files(sources, name).dialogues, random.Random(0)
+    common, found = Limits.of(logs).common, {"quotations": [0, 0], "said_elsewhere": [0, 0]}
+    for dialogue in luck.sample(logs, dialogues):
+        for turn in dialogue.agent_turns:
+            other = luck.choice(logs)
+            texts = {"said_elsewhere": other.messages[luck.choice(other.agent_turns)].content}
+            later = [m.content for m in dialogue.messages[turn + 1 :] if m.role != AGENT and len(m.content.split()) > 6]
+            if later:
+                texts["quotations"] = luck.choice(later)
+            for key, text in texts.items():
+                found[key][0] += leaked(text, dialogue.messages, turn, common) is not None
+                found[key][1] += 1
+    return {key: {"share": some / of, "texts": of} for key, (some, of) in found.items()}
 
 
 def policy(config: RunConfig, folder: Path, method: str) -> dict[str, Any]:

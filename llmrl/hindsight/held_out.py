@@ -45,7 +45,7 @@ def against_returns(
     """
     trunk = model.values if isinstance(model, TwoTrunks) else model
     heads: Any = getattr(model, "llmrl_heads", {})
-    head = heads[HEAD_NAME] if HEAD_NAME in heads else None
+    head = next((one for name, one in heads.items() if name == HEAD_NAME), None)
     nll, tokens, turns = 0.0, 0, list[tuple[int, float, float, float]]()
     for number, row in enumerate(rows):
         ids = torch.tensor([row.input_ids], device=trunk.device)

@@ -60,10 +60,12 @@ def test_answers_are_with_the_system_before_the_folder_is_closed(tmp_path):
 
 
 def test_answers_have_one_writer(tmp_path):
-    with Answers(tmp_path), pytest.raises(OutputError, match="another process"):
-        Answers(tmp_path)
-    with Answers(tmp_path):
-        pass
+    with Answers(tmp_path) as one, Answers(tmp_path) as other:
+        one.put("a", {"text": "first"})
+        with pytest.raises(OutputError, match="another process"):
+            other.put("b", {"text": "second"})
+    with Answers(tmp_path) as again:
+        again.put("b", {"text": "second"})
 
 
 def test_answers_from_many_threads(tmp_path):

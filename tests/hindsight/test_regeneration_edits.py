@@ -179,8 +179,9 @@ def test_check_edit_accepts_whatever_the_script_would_say():
 
 
 def test_limits_of_logs():
-    long = dialogue("a", "Hi.", "word " * 40, "Go.", "rare")
+    long = dialogue("a", "Hi.", "word " * 40, "Go.", "rare", "Go on.", "rare rare")
     others = [dialogue(name, "word", "Hello common friend") for name in "bcd"]
+    others += [dialogue(name, "word", "Twice") for name in "ef"]
     assert Limits.of([long, *others]) == Limits(60, frozenset({"hello", "common", "friend"}))
     assert Limits.of(others).words == 30
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from llmrl.errors import EngineError, UsageError
+from llmrl.errors import DataError, EngineError, RequestError, UsageError
 from llmrl.hindsight.regeneration.answers import Answers, key_of
 from llmrl.hindsight.regeneration.budget import Cost, Meter
 from llmrl.rollout.chat import Conversation
@@ -94,9 +94,12 @@ class EngineSource:
         return sample.text, sample.finish_reason is FinishReason.LENGTH
 
     def _prompt(self, messages: Sequence[Message]) -> Sequence[int]:
-        conversation = Conversation(self._engine.tokenizer)
-        conversation.add(*messages)
-        return conversation.prompt()
+        try:
+            conversation = Conversation(self._engine.tokenizer)
+            conversation.add(*messages)
+            return conversation.prompt()
+        except DataError as error:  # of this dialogue, which the template cannot write; others go on
+            raise RequestError(str(error)) from None
 
 
 class EndpointSource:

@@ -53,6 +53,7 @@ class Meter:
 
     def __post_init__(self) -> None:
         self._lock = threading.Condition()
+        self._stopped = False
         self._reserved, self._under_way = 0, 0
         self._first: float | None = None
         self._last = self._idle_since = self._idle = self._under_way_seconds = 0.0
@@ -78,6 +79,8 @@ class Meter:
                         f"{self.spent} of {self.tokens} tokens are spent, the next request may take {most}"
                     )
                 self._lock.wait()
+            if self._stopped:
+                raise BudgetSpent("the run is stopped")
             if self.requests is not None and sum(self.asked.values()) >= self.requests:
                 raise BudgetSpent(f"the budget is spent: {self.requests} requests are made")
             begun = time.monotonic()
@@ -112,6 +115,11 @@ class Meter:
             yield
         finally:
             self.tokens, self.requests = before
+
+    def stop(self) -> None:
+        """Let no more requests through: those who play dialogues on end after the one that is under way."""
+        with self._lock:
+            self._stopped = True
 
     def remember(self, role: str) -> None:
         """Count a question that an earlier answer served."""

@@ -40,6 +40,7 @@ class RegenerateConfig:
     )
     budget_requests: int | None = option(None, help="most requests")
     dry_run: bool = option(False, help="print what would be asked, and an estimate; ask nobody")
+    with_logs: bool = option(False, help="write the logs in front of the new dialogues: one file to learn from")
     limit: int | None = option(None, help="take so many of the dialogues, the same for the same seed")
     calibration: int = option(200, help="logs on which forward model and judge are compared with what really came")
     concurrency: int = option(16, help="dialogues under way")

@@ -104,6 +104,7 @@ def regenerate(
     parts: Parts,
     settings: Settings,
     progress: Callable[[int, int, int], None] = lambda number, done, total: None,
+    stop: Callable[[], None] = lambda: None,
 ) -> list[Round]:
     """Return what each round made.
 
@@ -111,6 +112,7 @@ def regenerate(
         dialogues: the logs.
         parts, settings: see there.
         progress: called with (round, done, total) after each dialogue.
+        stop: called when the run ends early, to let no more requests through.
 
     Raises:
         EngineError: an endpoint or engine is gone; answers up to then are kept by the askers.
@@ -125,7 +127,7 @@ def regenerate(
         work = _Work(parts, settings, limits, number)
         done = Round(number, [])
         for jobs in _batches(pool, settings, done):
-            outcomes = _run(work, jobs, settings.concurrency, partial(progress, number))
+            outcomes = _run(work, jobs, settings.concurrency, partial(progress, number), stop)
             new = list(zip([dialogue for dialogue, _ in jobs], outcomes, strict=True))
             _drop_twins(new, seen)
             done.jobs.extend(new)
@@ -296,7 +298,11 @@ def _name(number: int, edit: Edit, repetition: int) -> str:
 
 
 def _run(
-    work: _Work, jobs: Sequence[tuple[Dialogue, int]], concurrency: int, progress: Callable[[int, int], None]
+    work: _Work,
+    jobs: Sequence[tuple[Dialogue, int]],
+    concurrency: int,
+    progress: Callable[[int, int], None],
+    stop: Callable[[], None],
 ) -> list[Outcome]:
     """Do all jobs and return what became of them, in order.
 
@@ -322,6 +328,7 @@ def _run(
                             "kept, the same command goes on with them"
                         )
         except BaseException:
+            stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [future.result() for future in futures]

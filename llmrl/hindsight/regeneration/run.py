@@ -65,7 +65,7 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
             with meter.at_most(_CALIBRATION_SHARE):
                 realism = _realism(config, dialogues, parts, bars)
             rounds = regenerate(
-                dialogues, parts, settings, lambda number, done, total: bars.show(f"round {number}", done, total)
+                dialogues, parts, settings, lambda r, done, total: bars.show(f"round {r}", done, total), meter.stop
             )
         except KeyboardInterrupt:
             raise Interrupted(
@@ -82,7 +82,8 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
     read.write_aside(files.aside)
     write_objects(files.refused, _refused(rounds))
     write_json(files.report, report)
-    write_objects(files.output, [dialogue.to_json() for dialogue in made])  # last: it says that all is there
+    written = [*dialogues, *made] if config.with_logs else made
+    write_objects(files.output, [dialogue.to_json() for dialogue in written])  # last: it says that all is there
     if not config.quiet:
         print(summary_of(report), flush=True)
         print(files.output, flush=True)
