@@ -1,8 +1,8 @@
 """Regeneration by a real model behind a running vLLM server: what is refused, what it costs, what a kill and a budget leave.
 
-    python evals/hindsight_llm.py --output_dir evals/results [--data dialogues.jsonl.gz of PersuasionForGood]
+    python evals/hindsight_llm.py --output_dir evals/results [--data FILE]      # FILE: dialogues of PersuasionForGood
 
-    python evals/hindsight_llm.py --output_dir evals/results [--data FILE]          # FILE: dialogues of PersuasionForGood
+The small model of this repository is controller, user, agent and judge, under constrained decoding. It has never seen a dialogue
 and what it says is poor; the machinery around it is what is measured.
 """
 

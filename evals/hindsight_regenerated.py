@@ -7,13 +7,14 @@
     noisy 30, 60     so many in a hundred of its edits are random ones
     agreeable        the controller is as `hindsight`; the user finds every appeal helpful
 
-The last four are what can go wrong, and whether it is noticed: `realism` of each is kept.
+The last four are what can go wrong. `realism` of each is kept; it compares users, so it cannot notice a controller.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,4 +156,9 @@ def _at_fault(folder: Path, path: Path, source: str, seed: int) -> dict[str, Any
     made = [dialogue for one in rounds for dialogue in one.made]
     write_objects(path, [dialogue.to_json() for dialogue in made])
     told = [{"round": one.number, "made": len(one.made), "refused": dict(one.reasons())} for one in rounds]
-    return {"rounds": told, "realism": realism, "made": len(made), "refused": {}}
+    return {
+        "rounds": told,
+        "realism": realism,
+        "made": len(made),
+        "refused": dict(sum((one.reasons() for one in rounds), Counter())),
+    }

@@ -121,7 +121,15 @@ def users_view(messages: Sequence[Message], persona: str, opener: str = OPENER) 
         opener: stands before the user's first message where they speak first, since templates want a user to.
     """
     roles = {"user": "assistant", "assistant": "user"}
-    lived = [Message(roles[m.role], m.content) for m in messages if m.role in roles]
+    lived: list[Message] = []
+    for message in messages:
+        if message.role not in roles or not message.content.strip():  # an agent that calls a tool says nothing
+            continue
+        role, text = roles[message.role], message.content
+        if lived and lived[-1].role == role:
+            lived[-1] = Message(role, f"{lived[-1].content}\n{text}")
+        else:
+            lived.append(Message(role, text))
     asked = [Message("user", opener)] if not lived or lived[0].role == "assistant" else []
     return [Message("system", persona), *asked, *lived]
 
@@ -143,9 +151,9 @@ class EngineChat:
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What an endpoint answered; `finish_reason` and the counts of tokens are None where it does not tell them."""
+    """What an endpoint answered; `text` is None where it said nothing, the others where it does not tell them."""
 
-    text: str
+    text: str | None
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -196,8 +204,16 @@ class ChatEndpoint:
         self._headers()
 
     def __call__(self, messages: Sequence[Message], seed: int) -> str:
-        """Return the text of the answer; see `ask` for the errors."""
-        return self.ask(messages, seed).text
+        """Return the text of the answer.
+
+        Raises:
+            RequestError: There is none; or see `ask`.
+            EngineError: See `ask`.
+        """
+        text = self.ask(messages, seed).text
+        if text is None:
+            raise RequestError(f"{self.url}: expected an answer in text, got none")
+        return text
 
     def ask(self, messages: Sequence[Message], seed: int, **options: Any) -> ChatAnswer:
         """Return the answer with what the endpoint says of it.
@@ -224,7 +240,7 @@ class ChatEndpoint:
                 f"{self.url} answered with something that is not a chat completion: {self._words(answer.text)!r:.100}; "
                 "expected the URL of an OpenAI-compatible endpoint, without /chat/completions"
             ) from None
-        if not isinstance(text, str):
+        if not isinstance(text, str | None):
             raise RequestError(f"{self.url}: expected an answer in text, got {text!r:.60}")
         return ChatAnswer(text, reason, *(count if isinstance(count, int) else None for count in counts))
 

@@ -55,8 +55,6 @@ def settings_for(
         "generation_config": "vllm",  # what is sampled is said by each request, not by a file
         "logprobs_mode": "raw_logprobs",
         "weight_transfer_config": {"backend": VLLM_BACKEND},
-        # white space may stand anywhere in JSON, and a weak model that may write it never stops
-        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,

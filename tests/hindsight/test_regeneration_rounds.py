@@ -1,6 +1,7 @@
 """Rounds of regeneration in the charity talk: what is made is what the environment says, and what cannot be made is counted."""
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -132,9 +133,8 @@ def test_regenerate_tells_where_every_new_turn_comes_from():
 
 
 def test_regenerate_gives_every_dialogue_a_name_and_makes_none_twice():
-    ids = [one.id for found in ROUNDS for one in found.made]
     texts = [(root_of(one), one.messages) for one in [*LOGS, *MADE.values()]]
-    assert len(ids) == len(set(ids))
+    assert sum(len(found.made) for found in ROUNDS) == len(MADE)
     assert len(set(texts)) == len(texts)
 
 
@@ -184,8 +184,7 @@ def test_random_edits_with_counts_makes_as_many():
         settings = Settings(rounds=len(counts), counts=counts, seed=2)
         rounds = regenerate(logs, parts(RandomEdits(LOGS)), settings)
         assert tuple(len(found.made) for found in rounds) == counts
-        ids = [one.id for found in rounds for one in found.made]
-        assert len(set(ids)) == len(ids)
+        assert len({one.id for found in rounds for one in found.made}) == sum(counts)
     said = {d.messages[i].content for d in LOGS for i in d.agent_turns}
     for one in rounds[0].made:
         assert one.messages[one.provenance["regenerated"]["turn"]].content in said
@@ -274,14 +273,15 @@ class Failing(Replay):
 
     def complete(self, source, prefix, seed):
         self.asked += 1
+        time.sleep(0.01)  # so that one ends after the other
         if source.id in self.names:
             raise self.error
         return super().complete(source, prefix, seed)
 
 
 def test_an_engine_that_fails_now_and_then_leaves_those_unfinished():
-    names = [LOGS[i].id for i in (3, 20, 21, 40)]
-    found = outcomes(None, LOGS, Failing(names, EngineError("connection reset")))
+    names = [LOGS[i].id for i in range(0, 60, 7)]
+    found = outcomes(None, LOGS, Failing(names, EngineError("connection reset")), concurrency=1)
     whole = outcomes(None, LOGS)
     assert {d.id for d, outcome in found.jobs if outcome.unfinished} <= set(names)
     for (dialogue, outcome), (_, expected) in zip(found.jobs, whole.jobs, strict=True):
@@ -289,16 +289,17 @@ def test_an_engine_that_fails_now_and_then_leaves_those_unfinished():
             assert (outcome.made, outcome.unfinished) == ([], "connection reset")
         else:
             assert (outcome.made, outcome.unfinished) == (expected.made, None)
-    assert sum(outcome.unfinished is not None for _, outcome in found.jobs) >= 2
+    assert sum(outcome.unfinished is not None for _, outcome in found.jobs) > 5
 
 
 def test_five_failures_in_a_row_stop_the_run():
     failing = Failing(BY_ID, EngineError("gone"))
-    with pytest.raises(EngineError, match=r"(?s)\d+ dialogues in a row got no answer.*gone.*kept"):
+    with pytest.raises(EngineError, match=r"(?s)^5 dialogues in a row got no answer.*gone.*kept"):
         outcomes(None, LOGS, failing, concurrency=1)
+    assert failing.asked < 30
     controller = Says(lambda task, attempt: EngineError("gone"))
-    with pytest.raises(EngineError, match="2 dialogues in a row"):
-        outcomes(controller, LOGS[:2])
+    few = outcomes(controller, LOGS[:2])  # two say nothing of the endpoint
+    assert [outcome.unfinished for _, outcome in few.jobs] == ["gone", "gone"]
     assert [attempt for _, attempt, _ in controller.asked] == [0, 0]
 
 
@@ -308,7 +309,7 @@ def test_a_forward_model_whose_words_cannot_be_used_is_counted():
     assert set(found.reasons()) == {"user: empty text"}
     assert found.reasons().total() == failing.asked > 30
     assert all(outcome.unfinished is None and outcome.attempts == 1 for _, outcome in found.jobs)
-    assert all(refused.edit is not None and refused.answer == " " for _, o in found.jobs for _, refused in o.refused)
+    assert all(refused.edit and refused.answer == " " for _, o in found.jobs for _, refused in o.refused)
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -339,7 +340,7 @@ def test_a_log_that_the_environment_does_not_play_has_no_way_back():
     other_words = replace(log, messages=tuple(words))
     other_seed = replace(log, provenance={**log.provenance, "seed": log.provenance["seed"] + 1})
     nothing = replace(log, provenance={})
-    longer = (*log.messages[:3], Message("assistant", REQUEST), *log.messages[:1], Message("assistant", "Ask me."))
+    longer = (*log.messages, Message("assistant", "One more thing."))
     too_long = replace(log, messages=longer, rewards=(0.0,) * len(longer))
     for wrong, turn in ((other_words, 3), (other_seed, 3), (nothing, 1), (too_long, 5)):
         found = outcomes(always((turn, ASK)), [wrong], retries=0)

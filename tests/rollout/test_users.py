@@ -125,7 +125,7 @@ def test_model_as_user_sees_the_roles_swapped_and_a_seed_a_turn():
     assert speak(opening) == "u1"
     speak([*opening, user("u1"), model("a1"), Message("tool", "secret"), model("a2"), user("u2"), model("a3")])
     assert asked[0] == ([Message("system", "you are a buyer"), user("Begin the conversation.")], derive_seed(3, 0))
-    assert asked[1][0][2:] == [model("u1"), user("a1"), user("a2"), model("u2"), user("a3")]
+    assert asked[1][0][2:] == [model("u1"), user("a1\na2"), model("u2"), user("a3")]
     assert asked[1][1] == derive_seed(3, 2)
 
 
@@ -215,7 +215,7 @@ def test_garbage_is_an_engine_error_at_once(server, ask, garbage):
 
 
 def test_answer_without_text_and_refused_request_are_the_requests_own_errors(server, ask):
-    with pytest.raises(RequestError, match="expected an answer in text, got None"):
+    with pytest.raises(RequestError, match="expected an answer in text, got none"):
         ask((200, '{"choices": [{"message": {"content": null}}]}'))
     with pytest.raises(RequestError, match="HTTP 400: too long"):
         ask((400, "too long"))

@@ -132,12 +132,13 @@ class EndpointSource:
             held = {"name": "answer", "schema": dict(schema), "strict": True}
             options["response_format"] = {"type": "json_schema", "json_schema": held}
         said = self._endpoint.ask(messages, seed, **options)
+        text = said.text or ""  # a model that thought to the end of its tokens has said nothing
         if said.prompt_tokens is not None and said.completion_tokens is not None:
             cost.prompt, cost.completion = said.prompt_tokens, said.completion_tokens
         else:
             cost.prompt = self.most(messages) - self._tokens
-            cost.completion = min(len(said.text.encode()), self._tokens)
-        return said.text, said.finish_reason == "length"
+            cost.completion = min(len(text.encode()), self._tokens) if text else self._tokens
+        return text, said.finish_reason == "length"
 
 
 class Asker:
@@ -167,10 +168,15 @@ class Asker:
         key = key_of(self.source.identity, said, schema, seed)
         found = self._answers.get(key)
         if found is not None:
-            self._meter.remember(self.role)
+            self._meter.remember(self.role, sum(found["tokens"]))
             return Answer(found["text"], found["cut"], prompt_hash)
-        with self._meter.request(self.role, self.source.most(messages)) as cost:
-            text, cut = self.source.answer(messages, seed, schema, cost)
+        most = self.source.most(messages)
+        with self._meter.request(self.role, most) as cost:
+            try:
+                text, cut = self.source.answer(messages, seed, schema, cost)
+            except EngineError:
+                cost.prompt = most  # it may have been answered, and be paid for, and have been lost on the way
+                raise
         self._answers.put(key, {"text": text, "cut": cut, "tokens": [cost.prompt, cost.completion], "role": self.role})
         return Answer(text, cut, prompt_hash)
 

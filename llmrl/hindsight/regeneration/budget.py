@@ -5,6 +5,7 @@ A request is let through only if the most that it can take is left, so a budget 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -38,13 +39,15 @@ class Meter:
 
     Attributes:
         tokens, requests: most that may be spent; None is no limit.
-        spent: tokens so far.
+        spent: tokens of this process.
+        spent_before: those of kept answers that it used.
         asked, known: requests by role ("controller", "user", ...) that were made, and that an earlier answer served.
     """
 
     tokens: int | None = None
     requests: int | None = None
     spent: int = 0
+    spent_before: int = 0
     asked: Counter[str] = field(default_factory=Counter)
     known: Counter[str] = field(default_factory=Counter)
     prompt_tokens: Counter[str] = field(default_factory=Counter)
@@ -73,15 +76,15 @@ class Meter:
         """
         cost = Cost()
         with self._lock:
-            while self.tokens is not None and self.spent + self._reserved + most > self.tokens:
-                if self.spent + most > self.tokens:
+            while self.tokens is not None and self._all() + self._reserved + most > self.tokens:
+                if self._all() + most > self.tokens:
                     raise BudgetSpent(
-                        f"{self.spent} of {self.tokens} tokens are spent, the next request may take {most}"
+                        f"the budget is spent: {self._all()} of {self.tokens} tokens, and the next request may take {most}"
                     )
                 self._lock.wait()
             if self._stopped:
                 raise BudgetSpent("the run is stopped")
-            if self.requests is not None and sum(self.asked.values()) >= self.requests:
+            if self.requests is not None and sum((self.asked + self.known).values()) >= self.requests:
                 raise BudgetSpent(f"the budget is spent: {self.requests} requests are made")
             begun = time.monotonic()
             self._reserved += most
@@ -110,21 +113,25 @@ class Meter:
     def at_most(self, share: float) -> Iterator[None]:
         """Let the block spend no more than this share of the whole budget; what it leaves is there afterwards."""
         before = self.tokens, self.requests
-        self.tokens, self.requests = (None if most is None else int(share * most) for most in before)
+        self.tokens, self.requests = (None if most is None else math.ceil(share * most) for most in before)
         try:
             yield
         finally:
             self.tokens, self.requests = before
+
+    def _all(self) -> int:
+        return self.spent + self.spent_before
 
     def stop(self) -> None:
         """Let no more requests through: those who play dialogues on end after the one that is under way."""
         with self._lock:
             self._stopped = True
 
-    def remember(self, role: str) -> None:
-        """Count a question that an earlier answer served."""
+    def remember(self, role: str, tokens: int = 0) -> None:
+        """Count a question that an earlier answer served; the budget counts it too, for it was paid."""
         with self._lock:
             self.known[role] += 1
+            self.spent_before += tokens
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts; `idle_share` is the part of the time, from the first request to the last answer, without any."""
@@ -132,6 +139,7 @@ class Meter:
         roles = sorted({*self.asked, *self.known})
         return {
             "tokens": self.spent,
+            "tokens_of_kept_answers": self.spent_before,
             "requests": sum(self.asked.values()),
             "answers_known": sum(self.known.values()),
             "budget_tokens": self.tokens,

@@ -8,15 +8,15 @@ agents said somewhere in the logs: the difference is what more, and more varied,
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol
 
 from llmrl.hindsight.dialogues import Dialogue
 from llmrl.hindsight.envs.common import Policy
 from llmrl.hindsight.regeneration.asking import Asker
-from llmrl.hindsight.regeneration.edits import BadAnswer, Edit, edit_schema, parse_edits
+from llmrl.hindsight.regeneration.edits import BadAnswer, Edit, Refused, edit_schema, parse_edits
 from llmrl.hindsight.regeneration.prompts import controller_prompt, prefix_prompt
 from llmrl.hindsight.regeneration.validation import words_of
 from llmrl.rollout.seeds import derive_seed
@@ -43,11 +43,25 @@ class Task:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a controller answered. `prompt` is the hash of what it was asked, None of a script; `seed` that of its luck."""
+    """What a controller answered.
+
+    Attributes:
+        edits: those that could be read.
+        seed: of its luck.
+        prompt: hash of what it was asked; None of a script.
+        by_turn: prompt and seed of turns that were asked for one by one.
+        refused: answers of which nothing could be read, where others could.
+    """
 
     edits: list[Edit]
     seed: int
     prompt: str | None = None
+    by_turn: Mapping[int, tuple[str | None, int]] = field(default_factory=dict)
+    refused: list[Refused] = field(default_factory=list)
+
+    def origin(self, turn: int) -> tuple[str | None, int]:
+        """Return the prompt's hash and the seed of an edit of this turn."""
+        return self.by_turn.get(turn, (self.prompt, self.seed))
 
 
 class Controller(Protocol):
@@ -131,15 +145,25 @@ class Foresight:
     def propose(self, task: Task, attempt: int = 0, complaint: str | None = None) -> Proposal:
         """Ask for what the agent should have said, turn by turn. See `Controller`."""
         seed = derive_seed(task.seed, "controller", attempt)
-        found: list[Edit] = []
-        prompts = []
+        # why the last one was refused may be something that the user says later: that must not come back this way
+        again = complaint and "another one is needed, that says something else in the agent's own words."
+        found, refused, by_turn = list[Edit](), list[Refused](), dict[int, tuple[str | None, int]]()
         for turn in sorted(random.Random(seed).sample(task.turns, min(task.edits, len(task.turns)))):
             schema = edit_schema([turn], 1, task.candidates)
-            messages = prefix_prompt(task.dialogue, turn, task.candidates, schema, complaint)
-            said = _asked(self._asker, messages, derive_seed(seed, turn), schema)
-            found += said.edits
-            prompts.append(said.prompt)
-        return Proposal(found, seed, prompts[0] if len(prompts) == 1 else "+".join(map(str, prompts)))
+            messages = prefix_prompt(task.dialogue, turn, task.candidates, schema, again)
+            try:
+                said = _asked(self._asker, messages, derive_seed(seed, turn), schema)
+            except BadAnswer as bad:
+                refused.append(bad.refused)
+                continue
+            by_turn[turn] = said.prompt, said.seed
+            found += [edit for edit in said.edits if edit.turn == turn]
+            refused += [
+                Refused("another turn", f"asked for turn {turn}, answered for {edit.turn}", edit)
+                for edit in said.edits
+                if edit.turn != turn
+            ]
+        return Proposal(found, seed, by_turn=by_turn, refused=refused)
 
 
 class ScriptedForesight:
@@ -186,6 +210,8 @@ class RandomEdits:
             now = words_of(task.dialogue.messages[turn].content)
             others = [text for text in luck.sample(self._said, min(len(self._said), 64)) if words_of(text) != now]
             edits += [Edit(turn, "random", text, i) for i, text in enumerate(others[: task.candidates])]
+        if not edits:
+            raise BadAnswer("same text", "agents say nothing else in all of the logs")
         return Proposal(edits, seed)
 
 

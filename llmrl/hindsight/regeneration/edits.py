@@ -100,8 +100,7 @@ def parse_edits(text: str) -> list[Edit]:
     Raises:
         BadAnswer: "prose" where there is no JSON, "cut off" where it breaks off, "not the schema" where it is another one.
     """
-    inner = _FENCE.match(text.strip())
-    body = (inner[1] if inner else text).strip()
+    body = unfenced(text)
     if not body.startswith("{"):
         raise BadAnswer("prose", f"expected JSON and nothing else, got {text.strip()[:80]!r}", text)
     try:
@@ -116,6 +115,12 @@ def parse_edits(text: str) -> list[Edit]:
         raise BadAnswer(
             "not the schema", f"expected edits with turn, diagnosis and utterances: {error}", text
         ) from None
+
+
+def unfenced(text: str) -> str:
+    """Return a text without a block of Markdown around it."""
+    inner = _FENCE.match(text.strip())
+    return (inner[1] if inner else text).strip()
 
 
 def _edits_of(one: dict[str, Any]) -> list[Edit]:

@@ -23,7 +23,7 @@ def estimate(config: RegenerateConfig, dialogues: Sequence[Dialogue]) -> dict[st
     Prompts are counted with the model's tokenizer where it is here, else four bytes a token.
     """
     some = dialogues[:: max(1, len(dialogues) // _SAMPLE)]
-    edits = config.edits_per_dialogue or round(_mean([len(d.agent_turns) for d in dialogues]))
+    edits = min(config.edits_per_dialogue or 10**6, round(_mean([len(d.agent_turns) for d in dialogues])))
     each = edits * config.candidates
     jobs, width = 0, len(dialogues)
     for _ in range(config.rounds):
@@ -31,7 +31,11 @@ def estimate(config: RegenerateConfig, dialogues: Sequence[Dialogue]) -> dict[st
         width *= each
     played = jobs * each
     left = _mean([len(d.agent_turns) / 2 for d in dialogues])
-    rows = [*_controller(config, some, jobs), *_forward(config, some, played, left), *_judge(config, some, played)]
+    rows = [
+        *_controller(config, some, jobs),
+        *_forward(config, some, played, left, len(dialogues)),
+        *_judge(config, some, played, len(dialogues)),
+    ]
     return {"dialogues": len(dialogues), "most_new": played, "roles": [row for row in rows if row["requests"]]}
 
 
@@ -77,7 +81,7 @@ def _controller(config: RegenerateConfig, some: Sequence[Dialogue], jobs: int) -
         prompts.append(sum(count(m.content) for m in asked))
     edits = config.edits_per_dialogue or round(_mean([len(d.agent_turns) for d in some]))
     if config.control == "no_hindsight":
-        requests *= edits
+        requests, edits = requests * edits, 1
     return [
         _row(
             "controller",
@@ -89,7 +93,9 @@ def _controller(config: RegenerateConfig, some: Sequence[Dialogue], jobs: int) -
     ]
 
 
-def _forward(config: RegenerateConfig, some: Sequence[Dialogue], played: int, left: float) -> list[dict[str, Any]]:
+def _forward(
+    config: RegenerateConfig, some: Sequence[Dialogue], played: int, left: float, logs: int
+) -> list[dict[str, Any]]:
     if config.forward == "scripted":
         return []
     found = []
@@ -98,18 +104,18 @@ def _forward(config: RegenerateConfig, some: Sequence[Dialogue], played: int, le
         whole = _mean([sum(count(m.content) for m in d.messages) for d in some])
         said = _mean([count(m.content) for d in some for m in d.messages if (m.role == AGENT) == (role == "agent")])
         persona = count(USER) if role == "user" else 0
-        prefixes = played + config.calibration
+        prefixes = played + min(config.calibration, logs)
         found.append(_row(role, who, prefixes * max(1.0, left), persona + 0.75 * whole, said))
     return found
 
 
-def _judge(config: RegenerateConfig, some: Sequence[Dialogue], played: int) -> list[dict[str, Any]]:
+def _judge(config: RegenerateConfig, some: Sequence[Dialogue], played: int, logs: int) -> list[dict[str, Any]]:
     kind, _, who = config.reward.partition("=")
     if kind != "judge":
         return []
     count = _counter(who)
     prompts = [sum(count(m.content) for m in judge_prompt(d.messages, RUBRIC, {})) for d in some]
-    return [_row("judge", who, played + 3 * config.calibration, _mean(prompts), _ANSWER_TOKENS)]
+    return [_row("judge", who, played + 3 * min(config.calibration, logs), _mean(prompts), _ANSWER_TOKENS)]
 
 
 def _counter(who: str) -> Callable[[str], int]:

@@ -31,6 +31,7 @@ from llmrl.hindsight.regeneration.prompts import RUBRIC, USER
 from llmrl.hindsight.regeneration.rewards import JudgeReward, RegressionReward, Reward, RuleReward
 from llmrl.hindsight.regeneration.rounds import Parts
 from llmrl.hindsight.regeneration.validation import Limits
+from llmrl.rollout.seeds import derive_seed
 from llmrl.rollout.users import ChatEndpoint
 from llmrl.types import Message, SamplingConfig
 
@@ -46,6 +47,10 @@ _SCRIPTS: dict[str, tuple[ModuleType, Any]] = {
     "twenty-questions": (twenty_questions, twenty_questions.TwentyQuestions),
 }
 _TEMPERATURE = {"controller": 0.7, "judge": 0.0, "user": 1.0, "agent": 1.0}
+# JSON allows white space anywhere, and a weak model that may write it never stops
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "vllm": {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
+}
 _TURN_SHARE = 4  # a turn is this much shorter than the longest answer
 _FEATURE_TOKENS = 2048
 
@@ -79,10 +84,23 @@ class Opener:
             return EngineSource(self._engine(who), who, sampling, constrained=config.constrained)
         name, url = at
         if name is None:
-            name = self._names.setdefault(url, only_model(url, config.key_env))
+            if url not in self._names:
+                self._names[url] = only_model(url, config.key_env)
+            name = self._names[url]
         endpoint = ChatEndpoint(url, name, api_key_env=config.key_env)
         self._stack.callback(endpoint.close)
         return EndpointSource(endpoint, tokens, temperature, constrained=config.constrained)
+
+    def _backend(self, who: str) -> str:
+        from llmrl.hindsight.policy_folder import VALUES
+        from llmrl.rollout.backends import choose_backend
+        from llmrl.rollout.model_facts import read_facts
+
+        if self._config.rollout_backend != "auto":
+            return self._config.rollout_backend
+        if (Path(who).expanduser() / VALUES).is_dir():  # two trunks, which vLLM does not run
+            return "transformers"
+        return choose_backend(read_facts(who), self._config.server_url)[0]
 
     def _engine(self, who: str) -> BaseEngine:
         if who not in self._engines:
@@ -94,11 +112,13 @@ class Opener:
             config, folder = self._config, Path(who).expanduser()
             if (folder / ADAPTER_CONFIG).is_file():
                 base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+                name = self._backend(base)
                 engine = open_engine(
-                    base, adapter=folder, rollout_backend=config.rollout_backend, server_url=config.server_url
+                    base, adapter=folder, rollout_backend=name, server_url=config.server_url, **_OPTIONS.get(name, {})
                 )
             else:
-                engine = open_policy(who, rollout_backend=config.rollout_backend, server_url=config.server_url)
+                name = self._backend(who)
+                engine = open_policy(who, rollout_backend=name, server_url=config.server_url, **_OPTIONS.get(name, {}))
             self._engines[who] = self._stack.enter_context(engine)
         return self._engines[who]
 
@@ -179,7 +199,7 @@ def _reward(
             )
         return RegressionReward(state_features(who), dialogues, config.seed, who)
     rubric = RUBRIC if config.rubric is None else _read_rubric(config.rubric)
-    some = list(dialogues)[: config.calibration]
+    some = sorted(dialogues, key=lambda d: derive_seed(config.seed, "judged", d.id))[: config.calibration]
     return JudgeReward(opener.asker(who, "judge"), some, config.seed, rubric, progress, config.concurrency)
 
 

@@ -98,7 +98,12 @@ def judge_prompt(messages: Sequence[Message], rubric: str, schema: Mapping[str, 
 def transcript(messages: Sequence[Message]) -> str:
     """Return the turns with their numbers; the agent's instructions and tools stand where they came."""
     names = {AGENT: "Agent", "user": "User", "system": "Instructions of the agent", "tool": "Tool"}
-    return "\n".join(f"[{i}] {names[m.role]}: {' '.join(m.content.split())}" for i, m in enumerate(messages))
+    return "\n".join(f"[{i}] {names[m.role]}: {_said(m)}" for i, m in enumerate(messages))
+
+
+def _said(message: Message) -> str:
+    calls = [f"(calls {json.dumps(call.get('function', call))})" for call in message.tool_calls]
+    return " ".join([*message.content.split(), *calls])
 
 
 def _schema(schema: Mapping[str, Any]) -> str:

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from llmrl.errors import EngineError, RequestError
+from llmrl.errors import DataError, EngineError, RequestError
 from llmrl.hindsight.dialogues import AGENT, Dialogue
 from llmrl.hindsight.regeneration.budget import BudgetSpent
 from llmrl.hindsight.regeneration.edits import BadAnswer
 from llmrl.hindsight.regeneration.forward import Continuation, Forward
 from llmrl.hindsight.regeneration.rewards import Reward
+from llmrl.hindsight.regeneration.rounds import LostInARow
 from llmrl.intervals import draw_means, interval
 from llmrl.rollout.seeds import derive_seed
 from llmrl.types import Message
@@ -67,6 +68,7 @@ def compare(
     seed: int,
     concurrency: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Return how a forward model differs from what really came, see `report`.
 
@@ -77,31 +79,42 @@ def compare(
         seed: of the choice of dialogues and turns, and of what is said.
         concurrency: dialogues under way.
         progress: called with (done, total).
+        stop: called when it ends early, to let no more requests through.
 
     Raises:
-        EngineError: nobody answered at all.
+        EngineError: nobody answered for several prefixes in a row.
     """
     chosen = sorted(dialogues, key=lambda d: derive_seed(seed, "realism", d.id))[:count]
     done = itertools.count(1)
 
-    def one(dialogue: Dialogue) -> Pair | str:
+    def one(dialogue: Dialogue) -> Pair | str | EngineError:
         try:
             return _pair(dialogue, forward, reward, derive_seed(seed, "realism", dialogue.id))
         except BadAnswer as bad:
             return bad.refused.reason
         except BudgetSpent:
             return "budget"
-        except (RequestError, EngineError) as error:
-            return f"no answer: {error!s:.80}"
+        except RequestError:
+            return "request refused"
+        except DataError:
+            return "cannot be played on"
+        except EngineError as error:
+            return error
         finally:
             progress(next(done), len(chosen))
 
+    found, in_a_row = list[Pair | str | EngineError](), LostInARow()
     with ThreadPoolExecutor(concurrency) as pool:
-        found = list(pool.map(one, chosen))
+        try:
+            for result in pool.map(one, chosen):
+                found.append(result)
+                in_a_row.count(str(result) if isinstance(result, EngineError) else None)
+        except BaseException:
+            stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     pairs = [one for one in found if isinstance(one, Pair)]
-    lost = [one for one in found if isinstance(one, str)]
-    if lost and not pairs and all(reason.startswith("no answer") for reason in lost):
-        raise EngineError(f"the forward model gave no answer to any of {len(lost)} prefixes; the first: {lost[0]}")
+    lost = ["no answer" if isinstance(one, EngineError) else one for one in found if not isinstance(one, Pair)]
     return report(pairs, lost, seed)
 
 
@@ -137,13 +150,18 @@ def report(pairs: Sequence[Pair], lost: Sequence[str], seed: int) -> dict[str, A
     }
     if not pairs:
         return {**found, "alarms": ["the forward model could not be compared with the logs at all"]}
+    # where a log ends with the agent's turn, no reply is there to compare with
+    replied = [(p.real_reply, p.simulated_reply) for p in pairs if p.real_reply and p.simulated_reply]
     columns = {
         "earned": [(p.real, p.simulated) for p in pairs],
-        "reply_words": [(len(p.real_reply.split()), len(p.simulated_reply.split())) for p in pairs],
-        "agreement": [(float(agrees(p.real_reply)), float(agrees(p.simulated_reply))) for p in pairs],
+        "reply_words": [(len(real.split()), len(simulated.split())) for real, simulated in replied],
+        "agreement": [(float(agrees(real)), float(agrees(simulated))) for real, simulated in replied],
         "agent_turns": [(p.real_turns, p.simulated_turns) for p in pairs],
     }
     for name, values in columns.items():
+        if not values:
+            found[name] = None
+            continue
         both = np.array(values, dtype=float)
         difference = both[:, 1] - both[:, 0]
         draws = draw_means(difference[:, None], _DRAWS, seed)[:, 0]
@@ -160,12 +178,12 @@ def _alarms(found: dict[str, Any], pairs: int) -> list[str]:
         return [f"only {pairs} prefixes could be compared with the logs, which says nothing"]
     told = []
     words = {
-        "earned": "the simulated users give more than the real ones after the same words",
-        "agreement": "the simulated users agree more often than the real ones after the same words",
+        "earned": "simulated users, with the agent that plays on, give more than real ones gave after the same words",
+        "agreement": "simulated users agree more often than real ones did after the same words",
     }
     for name, text in words.items():
         one = found[name]
-        if one["difference"]["low"] > 0:
+        if one is not None and one["difference"]["low"] > 0:
             told.append(
                 f"{text}: {one['simulated']:.3g} against {one['real']:.3g}, {one['difference']['value']:+.3g} "
                 f"[{one['difference']['low']:+.3g}, {one['difference']['high']:+.3g}]; what is learnt from them may not hold"

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from llmrl.errors import DataError, RequestError, UsageError
 from llmrl.hindsight.dialogues import Dialogue
 from llmrl.hindsight.regeneration.asking import Asker
-from llmrl.hindsight.regeneration.edits import BadAnswer
+from llmrl.hindsight.regeneration.budget import BudgetSpent
+from llmrl.hindsight.regeneration.edits import BadAnswer, unfenced
 from llmrl.hindsight.regeneration.forward import Continuation
 from llmrl.hindsight.regeneration.prompts import RUBRIC, judge_prompt
 from llmrl.hindsight.regeneration.rules import at_the_end, rule_of
@@ -29,7 +30,9 @@ from llmrl.types import Message
 
 _TEST_SHARE = 0.3  # of labelled dialogues, on which a regression is measured and not fitted
 _ALPHAS = tuple(10.0**k for k in range(-1, 6))
-_DRAWS = 1000
+_DRAWS = 300
+_MOST_PAIRED = 1000  # dialogues that are compared with each other: pairs grow with the square
+_FEWEST_TO_SPLIT = 20
 _JUDGE_SCHEMA = {
     "type": "object",
     "properties": {
@@ -169,38 +172,54 @@ class JudgeReward:
             for score in pool.map(lambda dialogue: self._score_of_log(dialogue, seed), dialogues):
                 found.append(score)
                 progress(len(found), len(dialogues))
-        scores = [score for score in found if score is not None]
-        totals = [dialogue.total for dialogue, score in zip(dialogues, found, strict=True) if score is not None]
-        bad = len(found) - len(scores)
-        if not scores:
-            raise DataError(f"judge {asker.name}: none of {len(dialogues)} logs could be scored; take another model")
-        self.agreement: dict[str, Any] | None = {**agreement(scores, totals), "unread": bad}
-        x, y = np.array(scores), np.array(totals)
-        spread = float(((x - x.mean()) ** 2).sum())
-        self._slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum()) / spread) if spread else 0.0
-        self._intercept = float(y.mean() - self._slope * x.mean())
-        self.sd: float | None = float(np.sqrt(np.mean((self._slope * x + self._intercept - y) ** 2)))
+        pairs = [(score, d.total) for d, score in zip(dialogues, found, strict=True) if score is not None]
+        if not pairs:
+            raise DataError(
+                f"judge {asker.name}: none of {len(dialogues)} logs could be scored; take another model, or a larger budget"
+            )
+        self._low, self._high = min(d.total for d in dialogues), max(d.total for d in dialogues)
+        self._slope, self._intercept = _line(pairs)
+        scores, totals = [score for score, _ in pairs], [total for _, total in pairs]
+        # ranks are those of the scores; errors are of logs that the line was not laid through
+        halves = (pairs[1::2], pairs[::2]) if len(pairs) >= _FEWEST_TO_SPLIT else (pairs, pairs)
+        lines = [_line(half) for half in halves]
+        errors = np.array([lines[i % 2][0] * score + lines[i % 2][1] - total for i, (score, total) in enumerate(pairs)])
+        told = {"unread": len(found) - len(pairs), "mean_error": float(errors.mean())}
+        self.agreement: dict[str, Any] | None = agreement(scores, totals) | told
+        self.sd: float | None = float(np.sqrt(np.mean(errors**2)))
 
     def rewards(self, played: Continuation, task: str, seed: int) -> tuple[float, ...]:
         """See `Reward`."""
         score = self._score(played.messages, derive_seed(seed, "judge"))
-        return at_the_end(played.messages, self._slope * score + self._intercept)
+        return at_the_end(played.messages, self._reward(score))
+
+    def _reward(self, score: float) -> float:
+        # nothing is worth more than the best log: a line goes on for ever
+        return min(max(self._slope * score + self._intercept, self._low), self._high)
 
     def _score_of_log(self, dialogue: Dialogue, seed: int) -> float | None:
         try:
             return self._score(dialogue.messages, derive_seed(seed, "judge", dialogue.id))
-        except (BadAnswer, RequestError):
+        except (BadAnswer, RequestError, BudgetSpent):
             return None
 
     def _score(self, messages: Sequence[Message], seed: int) -> float:
         answer = self._asker.ask(judge_prompt(messages, self._rubric, _JUDGE_SCHEMA), seed, _JUDGE_SCHEMA)
         try:
-            score = json.loads(answer.text)["score"]
+            score = json.loads(unfenced(answer.text))["score"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadAnswer("judge: prose", f"no score in {answer.text[:80]!r} ({type(error).__name__})") from None
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 10:
             raise BadAnswer("judge: no score", f"expected a score from 0 to 10, got {score!r:.40}")
         return float(score)
+
+
+def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return slope, at least 0, and intercept of the line of least squares through (score, total)."""
+    x, y = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
+    spread = float(((x - x.mean()) ** 2).sum())
+    slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum()) / spread) if spread else 0.0
+    return slope, float(y.mean() - slope * x.mean())
 
 
 def agreement(predicted: Sequence[float], actual: Sequence[float], seed: int = 0) -> dict[str, Any]:
@@ -212,16 +231,18 @@ def agreement(predicted: Sequence[float], actual: Sequence[float], seed: int = 0
 
     Returns:
         `spearman` and `pairs` (share of pairs of different outcome that are in the right order, ties half: .5 is chance), each
-        with a 95% interval, null where all are alike; `mean_error`, predicted less actual; `dialogues`.
+        with a 95% interval, null where all are alike, pairs among 1,000 of them at most; `mean_error`, predicted less actual;
+        `dialogues`.
     """
     x, y = np.asarray(predicted, float), np.asarray(actual, float)
     found: dict[str, Any] = {"dialogues": len(x), "mean_error": float((x - y).mean())}
-    counts = draw_counts(len(x), _DRAWS, seed) if len(x) <= 5000 else np.ones((0, len(x)))
-    for name, measure in (("spearman", _spearman), ("pairs", _pairs_right)):
-        value = measure(x, y, np.ones(len(x)))
-        draws = np.array([measure(x, y, row) for row in counts[: _DRAWS if name == "spearman" else 200]])
+    some = np.sort(np.random.default_rng(seed).permutation(len(x))[:_MOST_PAIRED])
+    for name, measure, rows in (("spearman", _spearman, np.arange(len(x))), ("pairs", _pairs_right, some)):
+        a, b = x[rows], y[rows]
+        value = measure(a, b, np.ones(len(a)))
+        draws = np.array([measure(a, b, row) for row in draw_counts(len(a), _DRAWS, seed)])
         low, high = (-1.0, 1.0) if name == "spearman" else (0.0, 1.0)
-        found[name] = None if math.isnan(value) else interval(value, draws, low, high, basic=False)
+        found[name] = None if math.isnan(value) else interval(min(max(value, low), high), draws, low, high, basic=False)
     return found
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ class Settings:
         retries: how often a controller is asked again when nothing of its answer can be used.
         concurrency: dialogues under way.
         seed: of everything.
+        tag: part of the ids of what is made: dialogues of two runs on the same logs can then be learnt together.
         counts: dialogues to make in each round, where they are to be as many as another run made; else one job a dialogue.
     """
 
@@ -61,6 +62,7 @@ class Settings:
     retries: int = 2
     concurrency: int = 16
     seed: int = 0
+    tag: str = ""
     counts: tuple[int, ...] | None = None
 
 
@@ -84,15 +86,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round made: its jobs in order, with the dialogue that each is of."""
+    """What one round made: its jobs in order, with the dialogue that each is of; `wanted` is how many were to be made."""
 
     number: int
     jobs: list[tuple[Dialogue, Outcome]]
+    wanted: int | None = None
 
     @property
     def made(self) -> list[Dialogue]:
         """New dialogues, in order."""
         return [dialogue for _, outcome in self.jobs for dialogue in outcome.made]
+
+    def trim(self) -> None:
+        """Let go of what was made beyond what is wanted: one job may make several."""
+        if self.wanted is None:
+            return
+        left = self.wanted
+        for _, outcome in self.jobs:
+            outcome.made = outcome.made[:left]
+            left -= len(outcome.made)
 
     def reasons(self) -> Counter[str]:
         """Return how often each reason was given."""
@@ -116,25 +128,30 @@ def regenerate(
 
     Raises:
         EngineError: an endpoint or engine is gone; answers up to then are kept by the askers.
-        DataError: no dialogue has a turn that may be edited.
+        DataError: there are no dialogues.
     """
-    limits, found = Limits.of(dialogues), list[Round]()
+    limits, found, lost = Limits.of(dialogues), list[Round](), LostInARow()
     pool = list(dialogues)
     seen = {(root_of(d), _texts(d.messages)) for d in dialogues}
-    for number in range(1, settings.rounds + 1):
-        if not pool or (settings.counts is not None and number > len(settings.counts)):
+    before = max((int(d.provenance.get("regenerated", {}).get("round", 0)) for d in dialogues), default=0)
+    for step in range(settings.rounds):
+        if not pool or (settings.counts is not None and step >= len(settings.counts)):
             break
-        work = _Work(parts, settings, limits, number)
-        done = Round(number, [])
+        number = before + step + 1  # what was regenerated earlier, and is among the logs now, keeps its numbers
+        work = _Work(parts, settings, limits, number, lost)
+        done = Round(number, [], None if settings.counts is None else settings.counts[step])
         for jobs in _batches(pool, settings, done):
             outcomes = _run(work, jobs, settings.concurrency, partial(progress, number), stop)
             new = list(zip([dialogue for dialogue, _ in jobs], outcomes, strict=True))
             _drop_twins(new, seen)
             done.jobs.extend(new)
+            if any(outcome.unfinished for outcome in outcomes):
+                break
+        done.trim()
         found.append(done)
         pool = done.made
     if not found:
-        raise DataError("no dialogue has a turn of the agent that may be edited")
+        raise DataError("there are no dialogues to regenerate")
     return found
 
 
@@ -154,14 +171,34 @@ def _batches(pool: Sequence[Dialogue], settings: Settings, done: Round) -> Itera
 
     The order in which they come again is drawn by the seed. `done` grows from batch to batch.
     """
-    if settings.counts is None:
+    if done.wanted is None:
         yield [(dialogue, 0) for dialogue in pool]
         return
-    wanted, start = settings.counts[done.number - 1], 0
+    wanted, start = done.wanted, 0
     order = sorted(pool, key=lambda d: derive_seed(settings.seed, "order", done.number, d.id))
     while (left := wanted - len(done.made)) > 0 and start < _MOST_TRIES * wanted:
         yield [(order[i % len(order)], i // len(order)) for i in range(start, start + left)]
         start += left
+
+
+class LostInARow:
+    """Counts dialogues that nobody answered for; after several in a row the endpoint is taken for gone."""
+
+    def __init__(self) -> None:
+        self._lost = 0
+
+    def count(self, error: str | None) -> None:
+        """Count one dialogue, with the error that it ended in.
+
+        Raises:
+            EngineError: it is the last of several in a row.
+        """
+        self._lost = 0 if error is None else self._lost + 1
+        if self._lost >= _GIVE_UP:
+            raise EngineError(
+                f"{self._lost} dialogues in a row got no answer; the last: {error}\nanswers up to then are kept, the same "
+                "command goes on with them"
+            )
 
 
 @dataclass(frozen=True)
@@ -170,6 +207,7 @@ class _Work:
     settings: Settings
     limits: Limits
     number: int
+    lost: LostInARow
 
     def job(self, dialogue: Dialogue, repetition: int) -> Outcome:
         """Edit one dialogue and play it on."""
@@ -199,13 +237,15 @@ class _Work:
                 outcome.refused.append((attempt, bad.refused))
                 complaint = bad.refused.detail
                 continue
-            except RequestError as error:
-                outcome.refused.append((attempt, Refused("request refused", str(error))))
+            except (RequestError, DataError) as error:
+                reason = "request refused" if isinstance(error, RequestError) else "cannot be edited"
+                outcome.refused.append((attempt, Refused(reason, str(error))))
                 break  # the same question will be refused again
-            if not proposal.edits:
+            if not proposal.edits and not proposal.refused:
                 outcome.no_fault = True
                 return [], proposal
             usable, refused = self._sort(task, proposal.edits)
+            refused = [*proposal.refused, *refused]
             outcome.refused += [(attempt, one) for one in refused]
             if usable:
                 return usable, proposal
@@ -224,15 +264,16 @@ class _Work:
             if wrong is None and sum(turn == edit.turn for turn, _ in seen) >= task.candidates:
                 wrong = Refused("more than asked for", f"more than {task.candidates} utterances for one turn", edit)
             if wrong is None:
+                # numbered here: a controller may name one turn twice
+                usable.append(replace(edit, candidate=sum(turn == edit.turn for turn, _ in seen)))
                 seen.add(key)
-                usable.append(edit)
             else:
                 refused.append(wrong)
         return usable, refused
 
     def _play(self, task: Task, edit: Edit, proposal: Proposal, repetition: int, outcome: Outcome) -> None:
         """Play on from one edit, and add what came of it."""
-        source, name = task.dialogue, _name(self.number, edit, repetition)
+        source, name = task.dialogue, _name(self.settings.tag, self.number, edit, repetition)
         prefix = (*source.messages[: edit.turn], Message(AGENT, edit.utterance.strip()))
         seed = derive_seed(task.seed, "forward", name)
         try:
@@ -244,8 +285,9 @@ class _Work:
             outcome.refused.append((0, Refused(refused.reason, refused.detail, edit, refused.answer)))
         except BadDialogue as bad_dialogue:
             outcome.refused.append((0, Refused(bad_dialogue.reason, str(bad_dialogue), edit)))
-        except RequestError as error:
-            outcome.refused.append((0, Refused("request refused", str(error), edit)))
+        except (RequestError, DataError) as error:
+            reason = "request refused" if isinstance(error, RequestError) else "cannot be played on"
+            outcome.refused.append((0, Refused(reason, str(error), edit)))
 
     def _dialogue(
         self,
@@ -259,10 +301,9 @@ class _Work:
         before = source.provenance.get("regenerated", {})
         kept = [one for one in before.get("turns", []) if one["turn"] < edit.turn]
         names = {"agent": self.parts.forward.agent_name, "user": self.parts.forward.name}
-        turns = [
-            _made(edit.turn, "controller", self.parts.controller.name, proposal.prompt, proposal.seed, self.number)
-        ]
-        turns += [_made(i, who, names[who], prompt, seed, self.number) for i, who, prompt, seed in played.made]
+        prompt, luck = proposal.origin(edit.turn)
+        turns = [_made(edit.turn, "controller", self.parts.controller.name, prompt, luck, self.number)]
+        turns += [_made(i, who, names[who], asked, own, self.number) for i, who, asked, own in played.made]
         provenance = {
             **{key: value for key, value in source.provenance.items() if key != "regenerated"},
             "regenerated": {
@@ -293,8 +334,8 @@ def _made(turn: int, by: str, model: str, prompt: str | None, seed: int, number:
     return {"turn": turn, "by": by, "model": model, "prompt": prompt, "seed": seed, "round": number}
 
 
-def _name(number: int, edit: Edit, repetition: int) -> str:
-    return f"{number}.{edit.turn}.{edit.candidate}" + (f".{repetition}" if repetition else "")
+def _name(tag: str, number: int, edit: Edit, repetition: int) -> str:
+    return f"{tag}{'.' * bool(tag)}{number}.{edit.turn}.{edit.candidate}" + (f".{repetition}" if repetition else "")
 
 
 def _run(
@@ -309,29 +350,19 @@ def _run(
     Raises:
         EngineError: several in a row got no answer.
     """
-    lost, done, futures = 0, 0, list[Future[Outcome]]()
+    outcomes = list[Outcome]()
     with ThreadPoolExecutor(concurrency, thread_name_prefix="regenerate") as pool:
         try:
-            futures = [pool.submit(work.job, *job) for job in jobs]
-            left = set(futures)
-            while left:
-                finished, left = wait(left, timeout=0.5, return_when="FIRST_COMPLETED")
-                for future in finished:
-                    outcome = future.result()
-                    failed = outcome.unfinished not in (None, "budget")
-                    lost = lost + 1 if failed else 0
-                    done += 1
-                    progress(done, len(jobs))
-                    if lost >= min(_GIVE_UP, len(jobs)):
-                        raise EngineError(
-                            f"{lost} dialogues in a row got no answer; the last: {outcome.unfinished}\nanswers up to then are "
-                            "kept, the same command goes on with them"
-                        )
+            for future in [pool.submit(work.job, *job) for job in jobs]:  # in their order, whoever is done first
+                outcome = future.result()
+                outcomes.append(outcome)
+                progress(len(outcomes), len(jobs))
+                work.lost.count(None if outcome.unfinished == "budget" else outcome.unfinished)
         except BaseException:
             stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [future.result() for future in futures]
+    return outcomes
 
 
 def _drop_twins(jobs: Sequence[tuple[Dialogue, Outcome]], seen: set[tuple[str, str]]) -> None:

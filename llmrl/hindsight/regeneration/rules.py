@@ -19,18 +19,17 @@ Rule = Callable[[Sequence[Message]], tuple[float, ...]]
 
 _MOST_DOLLARS = 2.0  # that a participant of PersuasionForGood was paid and could give away
 _AMOUNT = re.compile(
-    r"\$\s?(?P<dollars>\d+(?:\.\d+)?|\.\d+)|(?P<number>\d+(?:\.\d+)?|\.\d+)\s?(?P<unit>\$|dollars?|bucks?|cents?|¢)"
+    r"\$\s?(?P<dollars>\d[\d,]*(?:\.\d+)?|\.\d+)|(?P<number>\d+(?:\.\d+)?|\.\d+)\s?(?P<unit>\$|dollars?|bucks?|cents?|¢)"
     r"|\b(?P<word>one|two|a) dollars?\b|\b(?P<half>half)\b|\b(?P<all>all of (?:it|my)|full (?:amount|payment)|everything)\b",
     re.IGNORECASE,
 )
 _REFUSES = re.compile(
-    r"\b(?:not|never|can't|cannot|won't|don't|wouldn't|unable to|rather not|no)\b[^.!?]{0,40}"
-    r"\b(?:donat|giv|contribut|interest|today|afford)"
-    r"|\bno,? thank",
+    r"\b(?:not|never|cannot|unable to|rather not)\b[^.!?,;]{0,25}\b(?:donat|giv|contribut|afford|interested)"
+    r"|n['’]t\b(?! mind)[^.!?,;]{0,25}\b(?:donat|giv|contribut|afford)|\bno,? thank|\bno interest in (?:donat|giv)(?!\w* more)",
     re.IGNORECASE,
 )
 _GIVES = re.compile(
-    r"\b(?:donat|give|giving|contribut|spare|put|sure|yes|ok|okay|willing|like to|love to|do)", re.IGNORECASE
+    r"\b(?:donat\w*|giv(?:e|ing)|contribut\w*|spare|sure|yes|ok|okay|willing|(?:like|love) to)\b", re.IGNORECASE
 )
 _DEAL = re.compile(
     r"I propose this deal: I get (\d) food, (\d) water, (\d) firewood; you get (\d) food, (\d) water, (\d) firewood",
@@ -114,7 +113,7 @@ def _amount(text: str) -> float | None:
     found = None
     for match in _AMOUNT.finditer(text):
         if match["dollars"]:
-            found = float(match["dollars"])
+            found = float(match["dollars"].replace(",", ""))
         elif match["number"]:
             found = float(match["number"]) / (100 if match["unit"].lower().startswith(("cent", "¢")) else 1)
         elif match["word"]:

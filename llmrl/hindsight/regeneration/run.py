@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from llmrl.config import to_flat
-from llmrl.errors import DataError, Interrupted, OutputError
+from llmrl.errors import DataError, Interrupted, OutputError, UsageError
 from llmrl.files import write_json
 from llmrl.hindsight.datasets import read_files
 from llmrl.hindsight.dialogues import Dialogue, read_dialogues
 from llmrl.hindsight.regeneration.answers import Answers
 from llmrl.hindsight.regeneration.budget import Meter
 from llmrl.hindsight.regeneration.estimate import estimate, table_of
+from llmrl.hindsight.regeneration.forward import Continuation
 from llmrl.hindsight.regeneration.opening import Opener, open_parts, read_user
 from llmrl.hindsight.regeneration.options import RegenerateConfig
 from llmrl.hindsight.regeneration.realism import compare
@@ -31,7 +32,7 @@ from llmrl.training.tracking import progress_bar
 
 _DRAWS = 2000
 _FEWEST_HELD_OUT = 10
-_CALIBRATION_SHARE = 0.25  # of a budget
+_CALIBRATION_SHARE = 0.4  # of a budget: half of it for the judge, and what is left of it for the forward model
 
 
 def run(config: RegenerateConfig) -> dict[str, Any]:
@@ -44,6 +45,9 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
         EngineError: an endpoint is gone; answers up to then are kept.
     """
     files = Files(config.output)
+    for path in [*config.data, *([config.match] if config.match else [])]:
+        if Path(path).expanduser().resolve() == files.output.resolve():
+            raise UsageError(f"--output {config.output} is read too, and would be replaced: name another file")
     if files.output.exists() and not config.overwrite and not config.dry_run:
         raise OutputError(
             f"--output {files.output} is there; --overwrite replaces it, and uses the answers kept beside it"
@@ -61,9 +65,10 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
         bars = stack.enter_context(_Bars(config.quiet))
         try:
             opener = Opener(config, stack, answers, meter)
-            parts = open_parts(config, dialogues, opener, lambda done, total: bars.show("judge", done, total))
+            with meter.at_most(_CALIBRATION_SHARE / 2):
+                parts = open_parts(config, dialogues, opener, lambda done, total: bars.show("judge", done, total))
             with meter.at_most(_CALIBRATION_SHARE):
-                realism = _realism(config, dialogues, parts, bars)
+                realism = _realism(config, dialogues, parts, bars, meter.stop)
             rounds = regenerate(
                 dialogues, parts, settings, lambda r, done, total: bars.show(f"round {r}", done, total), meter.stop
             )
@@ -82,14 +87,15 @@ def run(config: RegenerateConfig) -> dict[str, Any]:
     read.write_aside(files.aside)
     write_objects(files.refused, _refused(rounds))
     write_json(files.report, report)
-    written = [*dialogues, *made] if config.with_logs else made
-    write_objects(files.output, [dialogue.to_json() for dialogue in written])  # last: it says that all is there
     if not config.quiet:
         print(summary_of(report), flush=True)
-        print(files.output, flush=True)
-    if not made:
-        spent = "the budget was spent before; raise it" if report["unfinished"].get("budget") else "see there"
-        raise DataError(f"not one dialogue could be made, {files.refused} says why line by line: {spent}")
+    if not made and not report["unfinished"]:
+        raise DataError(f"not one dialogue could be made; {files.refused} says why, line by line")
+    if made:
+        written = [*dialogues, *made] if config.with_logs else made
+        write_objects(files.output, [dialogue.to_json() for dialogue in written])  # last: it says that all is there
+        if not config.quiet:
+            print(files.output, flush=True)
     return report
 
 
@@ -145,10 +151,15 @@ def _settings(config: RegenerateConfig) -> Settings:
         found = Counter(
             d.provenance.get("regenerated", {}).get("round") for d in read_dialogues([config.match]).dialogues
         )
-        counts = tuple(found[number] for number in range(1, config.rounds + 1) if found[number])
+        found.pop(None, None)
+        counts = tuple(found[number] for number in sorted(found))
         if not counts:
             raise DataError(
                 f"--match {config.match}: expected the output of another regenerate, whose rounds can be counted"
+            )
+        if len(counts) != config.rounds:
+            raise UsageError(
+                f"--match {config.match} has {len(counts)} rounds, --rounds is {config.rounds}: give the same"
             )
     return Settings(
         rounds=config.rounds,
@@ -157,14 +168,23 @@ def _settings(config: RegenerateConfig) -> Settings:
         retries=config.retries,
         concurrency=config.concurrency,
         seed=config.seed,
+        tag=_tag(config),
         counts=counts,
     )
 
 
-def _realism(config: RegenerateConfig, dialogues: Sequence[Dialogue], parts: Parts, bars: _Bars) -> dict[str, Any]:
+def _tag(config: RegenerateConfig) -> str:
+    """Return what tells the ids of this run from those of another one on the same logs."""
+    return f"{derive_seed(config.seed, config.control, config.controller, config.forward) % 16**4:04x}"
+
+
+def _realism(
+    config: RegenerateConfig, dialogues: Sequence[Dialogue], parts: Parts, bars: _Bars, stop: Callable[[], None]
+) -> dict[str, Any]:
     """Compare the forward model with logs that it was not trained on, where it says which these are."""
     trained = read_user(config.forward) if config.forward != "scripted" else None
-    held_out = [d for d in dialogues if trained is None or d.id in set(trained["held_out"])]
+    unseen = None if trained is None else set(trained["held_out"])
+    held_out = [d for d in dialogues if unseen is None or d.id in unseen]
     enough = len(held_out) >= min(_FEWEST_HELD_OUT, len(dialogues))
     found = compare(
         held_out if enough else dialogues,
@@ -174,21 +194,24 @@ def _realism(config: RegenerateConfig, dialogues: Sequence[Dialogue], parts: Par
         seed=config.seed,
         concurrency=config.concurrency,
         progress=lambda done, total: bars.show("calibration", done, total),
+        stop=stop,
     )
-    return {**found, "held_out": enough}
+    return {**found, "held_out": enough if trained is not None else None}
 
 
 def _report(
     config: RegenerateConfig, dialogues: Sequence[Dialogue], rounds: Sequence[Round], parts: Parts, meter: Meter
 ) -> dict[str, Any]:
-    pool, told = list(dialogues), []
+    pool, told, judged = list(dialogues), [], _judged(config, dialogues, parts)
     for one in rounds:
-        told.append(_round(one, pool))
+        told.append(_round(one, pool, judged))
         pool = one.made
     outcomes = [outcome for one in rounds for _, outcome in one.jobs]
     unfinished = Counter(
         "budget" if outcome.unfinished == "budget" else "no answer" for outcome in outcomes if outcome.unfinished
     )
+    short = sum((one.wanted or 0) - len(one.made) for one in rounds if one.wanted is not None)
+    unfinished += Counter({"fewer than --match": short} if short else {})
     return {
         "controller": parts.controller.name,
         "forward": parts.forward.name,
@@ -206,8 +229,22 @@ def _report(
     }
 
 
-def _round(one: Round, pool: Sequence[Dialogue]) -> dict[str, Any]:
-    gains = np.array([d.total - d.provenance["regenerated"]["parent_return"] for d in one.made])
+def _judged(config: RegenerateConfig, dialogues: Sequence[Dialogue], parts: Parts) -> dict[str, float]:
+    """Return what the reward model says of the logs, by id: what was really earned is on another scale than its errors.
+
+    A judge would have to be asked for each; its gains in the first round are left out.
+    """
+    if config.reward.startswith("judge"):
+        return {}
+    exact = config.forward == "scripted" and config.reward == "rule"
+    whole = [Continuation(d.messages, d.rewards if exact else None, True, False, ()) for d in dialogues]
+    return {d.id: sum(parts.reward.rewards(one, d.task, 0)) for d, one in zip(dialogues, whole, strict=True)}
+
+
+def _round(one: Round, pool: Sequence[Dialogue], judged: Mapping[str, float]) -> dict[str, Any]:
+    origins = [(d.total, d.provenance["regenerated"]) for d in one.made]
+    before = [judged.get(o["parent"], o["parent_return"] if "~" in o["parent"] else None) for _, o in origins]
+    gains = np.array([total - old for (total, _), old in zip(origins, before, strict=True) if old is not None])
     gain = (
         interval(float(gains.mean()), draw_means(gains[:, None], _DRAWS, 0)[:, 0], None, basic=False)
         if len(gains)
@@ -217,6 +254,7 @@ def _round(one: Round, pool: Sequence[Dialogue]) -> dict[str, Any]:
         "round": one.number,
         "dialogues": len(one.jobs),
         "made": len(one.made),
+        "wanted": one.wanted,
         "no_fault": sum(outcome.no_fault for _, outcome in one.jobs),
         "refused": dict(one.reasons().most_common()),
         "pool_return": float(np.mean([d.total for d in pool])),
@@ -266,11 +304,8 @@ def summary_of(report: dict[str, Any]) -> str:
     for one in report["rounds"]:
         refused = sum(one["refused"].values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in one["refused"].items())
-        found = (
-            ""
-            if one["return"] is None
-            else f", mean return {one['return']:.3f} ({one['gain']['value']:+.3f} on their own)"
-        )
+        gain = "" if one["gain"] is None else f" ({one['gain']['value']:+.3f} on what they were before)"
+        found = "" if one["return"] is None else f", mean return {one['return']:.3f}{gain}"
         lines.append(
             f"round {one['round']}: {one['dialogues']} dialogues -> {one['made']} new{found}; {one['no_fault']} without fault, "
             f"{refused} refused" + (f" ({reasons})" if reasons else "")
@@ -282,7 +317,7 @@ def summary_of(report: dict[str, Any]) -> str:
             f"forward model after {real['prefixes']} real prefixes: earns {earned['simulated']:.3f} where {earned['real']:.3f} "
             f"was earned ({earned['difference']['value']:+.3f} [{earned['difference']['low']:+.3f}, "
             f"{earned['difference']['high']:+.3f}]), agrees in {agreed['simulated']:.0%} (people {agreed['real']:.0%})"
-            + ("" if real["held_out"] else "; it was trained on these")
+            + ("; it was trained on these" if real["held_out"] is False else "")
         )
     if judged is not None:
         rank = judged["spearman"]

@@ -65,6 +65,13 @@ def encode_users(tokenizer: Any, dialogues: Sequence[Dialogue], longest: int) ->
     rows, left_out = list[Row](), dict[str, int]()
     for dialogue in dialogues:
         reason = None
+        if "regenerated" in dialogue.provenance:  # what models said is not what users say
+            reason = "regenerated"
+        elif not any(message.role == "user" for message in dialogue.messages):
+            reason = "the user says nothing"
+        if reason is not None:
+            left_out[reason] = left_out.get(reason, 0) + 1
+            continue
         try:
             turns = encode_messages(tokenizer, lived_by_user(dialogue))
         except DataError:
@@ -74,9 +81,7 @@ def encode_users(tokenizer: Any, dialogues: Sequence[Dialogue], longest: int) ->
                 "input_ids": [token for turn in turns for token in turn.token_ids],
                 "completion_mask": [mask for turn in turns for mask in turn.loss_mask],
             }
-            if not any(row["completion_mask"]):
-                reason = "the user says nothing"
-            elif len(row["input_ids"]) > longest:
+            if len(row["input_ids"]) > longest:
                 reason = "too long"
             else:
                 rows.append(row)

@@ -2,7 +2,8 @@
 
 The hardest of them is leakage. A controller has read to the end; the agent at that turn had not. An utterance that takes up
 what the user says only later would teach the agent to guess, and its value would be that of a guess that is always right.
-Quotations can be found (four words running, names, numbers, rare words); knowledge that shows in no word cannot be.
+Quotations can be found (four words running, names, numbers, rare words); knowledge that shows in no word cannot be. The words
+that say nothing, and capitals that make a name, are those of English: in other languages more is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from llmrl.hindsight.dialogues import AGENT, Dialogue
 from llmrl.hindsight.regeneration.edits import Edit, Refused
 from llmrl.types import Message
 
-_RUN = 4  # words that a quotation has at least
+_RUN, _RUN_OF_SIGNS = 4, 8  # words that a quotation has at least
 _RARE = 2  # rare words of the user's that are too many
 _COMMON = 3  # a word is the agents' own when they say it in so many dialogues
-_LEAST_LIMIT = 30  # words that an utterance may have however short those of the logs are
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_CAPITAL = re.compile(r"(?<![.!?:]\s)(?<!\A)(?<!\n)\b([A-Z][\w'’]+)")
+_LEAST_WORDS, _LEAST_CHARACTERS = 30, 200  # that an utterance may have however short those of the logs are
+_SPACELESS = (
+    "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, Japanese, Chinese: a sign is a word here
+)
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+(?:['’][^\W_]+)*")
+_SIGN = re.compile(rf"[{_SPACELESS}]")
+_BEGINS = re.compile(r"(?:\A|\n|[.!?:])[\s\"'“‘(]*\Z")  # what stands before the first word of a sentence
+_OTHERS = re.compile(r"<\|[^|\n]{1,40}\|>|^\s*(?:user|assistant|agent|system)\s*:", re.IGNORECASE | re.MULTILINE)
 _RUNNING = re.compile(r"(\S)\1{19}")
 # English words that say nothing by themselves; a run of these alone is no quotation
 _FUNCTION = frozenset(
@@ -41,23 +47,26 @@ class Limits:
     """What the logs say is usual.
 
     Attributes:
-        words: most words of an utterance: half as many again as the agent's longest.
+        words, characters: most of an utterance: half as many again as the agent's longest has.
         common: words that agents say in several dialogues, in lower case.
     """
 
     words: int
+    characters: int
     common: frozenset[str]
 
     @classmethod
     def of(cls, dialogues: Iterable[Dialogue]) -> Limits:
         """Return the limits that a set of dialogues gives."""
-        longest, in_dialogues = 0, Counter[str]()
+        longest, characters, in_dialogues = 0, 0, Counter[str]()
         for dialogue in dialogues:
             said = [words_of(dialogue.messages[i].content) for i in dialogue.agent_turns]
             longest = max(longest, *(len(words) for words in said))
+            characters = max(characters, *(len(dialogue.messages[i].content) for i in dialogue.agent_turns))
             in_dialogues.update({word for words in said for word in words})
         common = frozenset(word for word, count in in_dialogues.items() if count >= _COMMON)
-        return cls(max(_LEAST_LIMIT, longest + longest // 2), common)
+        most = max(_LEAST_CHARACTERS, characters + characters // 2)
+        return cls(max(_LEAST_WORDS, longest + longest // 2), most, common)
 
 
 def check_edit(edit: Edit, dialogue: Dialogue, allowed: Sequence[int], limits: Limits) -> Refused | None:
@@ -76,17 +85,21 @@ def check_edit(edit: Edit, dialogue: Dialogue, allowed: Sequence[int], limits: L
         return _refuse(edit, "not the agent's turn", f"turn {edit.turn} is the {messages[edit.turn].role}'s")
     if edit.turn not in allowed:
         return _refuse(edit, "turn not open", f"turn {edit.turn} lies before the last edit; open are {list(allowed)}")
-    if not said:
-        return _refuse(edit, "empty text", "the utterance is empty")
+    words = words_of(said)
+    if not words:
+        return _refuse(edit, "empty text", f"the utterance has no words: {said[:80]!r}")
     if any("\ud800" <= character <= "\udfff" for character in said):
         return _refuse(edit, "broken text", "half of a surrogate pair")
-    words = words_of(said)
-    if words == words_of(messages[edit.turn].content) and words:
+    if words == words_of(messages[edit.turn].content):
         return _refuse(edit, "same text", "the utterance is what was said")
     if is_endless(said):
         return _refuse(edit, "repetition", f"the utterance repeats itself: {said[:80]!r}")
-    if len(words) > limits.words:
-        return _refuse(edit, "too long", f"{len(words)} words, at most {limits.words}")
+    if len(words) > limits.words or len(said) > limits.characters:
+        return _refuse(
+            edit, "too long", f"{len(words)} words, at most {limits.words} (and {limits.characters} characters)"
+        )
+    if other := _OTHERS.search(said):
+        return _refuse(edit, "not the agent's words alone", f"the utterance holds {other[0].strip()!r}")
     if leak := leaked(said, messages, edit.turn, limits.common):
         return _refuse(edit, "leak", f"the user says only later: {leak}")
     return None
@@ -94,7 +107,7 @@ def check_edit(edit: Edit, dialogue: Dialogue, allowed: Sequence[int], limits: L
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case."""
-    return _WORD.findall(text.lower().replace("’", "'"))
+    return [word.removesuffix("'s") for word in _WORD.findall(text.lower().replace("’", "'"))]
 
 
 def is_endless(text: str) -> bool:
@@ -118,8 +131,8 @@ def leaked(text: str, messages: Sequence[Message], turn: int, common: frozenset[
         common: words that are the agents' own.
 
     Returns:
-        The words: four running that do not all say nothing by themselves, a number or name, or two rare words. What was said
-        before, and what the agent itself said before the world did, is no leak.
+        The words: four running, one of them new; a number or name; or two rare words. What was said before, what the agent
+        itself said before the world did, and words that are the agents' own are not new.
     """
     known = " ".join(message.content for message in messages[:turn])
     later: list[str] = []
@@ -129,15 +142,15 @@ def leaked(text: str, messages: Sequence[Message], turn: int, common: frozenset[
                 known += " " + message.content
         else:
             later.append(message.content)
-    told = " ".join(later)
+    told = "\n".join(later)  # a message begins a sentence, and no quotation goes over its end
     before, after = set(words_of(known)), words_of(told)
     mine = words_of(text)
-    quoted = _runs(mine) & _runs(after) - _runs(words_of(known))
+    fresh = {word for word in after if word not in before and word not in common and word not in _FUNCTION}
+    quoted = _runs(mine) & {run for text in later for run in _runs(words_of(text))} - _runs(words_of(known))
     for run in sorted(quoted):
-        if sum(word not in _FUNCTION for word in run) >= 2:
+        if any(_SIGN.match(word) or word in fresh for word in run):
             return " ".join(run)
-    fresh = {word for word in after if word not in before and word not in common}
-    names = {name.lower() for name in _CAPITAL.findall(told) if name.lower() not in _FUNCTION}
+    names = _names(told)
     telling = [word for word in mine if word in fresh and (word in names or any(c.isdigit() for c in word))]
     if telling:
         return telling[0]
@@ -146,7 +159,21 @@ def leaked(text: str, messages: Sequence[Message], turn: int, common: frozenset[
 
 
 def _runs(words: Sequence[str]) -> set[tuple[str, ...]]:
-    return {tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
+    found = {tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
+    found = {run for run in found if not all(_SIGN.match(word) for word in run)}
+    signs = {tuple(words[i : i + _RUN_OF_SIGNS]) for i in range(len(words) - _RUN_OF_SIGNS + 1)}
+    return found | {run for run in signs if all(_SIGN.match(word) for word in run)}
+
+
+def _names(text: str) -> set[str]:
+    """Return, in lower case, words that begin with a capital where no sentence begins."""
+    found = {
+        match[0].lower().replace("’", "'").removesuffix("'s")
+        for match in _WORD.finditer(text)
+        if match[0][0].isupper()
+        and not _BEGINS.search(text[max(0, match.start() - 8) : match.start()] if match.start() else "")
+    }
+    return found - _FUNCTION
 
 
 def _refuse(edit: Edit, reason: str, detail: str) -> Refused:
