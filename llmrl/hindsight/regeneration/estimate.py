@@ -23,20 +23,26 @@ def estimate(config: RegenerateConfig, dialogues: Sequence[Dialogue]) -> dict[st
     Prompts are counted with the model's tokenizer where it is here, else four bytes a token.
     """
     some = dialogues[:: max(1, len(dialogues) // _SAMPLE)]
-    edits = min(config.edits_per_dialogue or 10**6, round(_mean([len(d.agent_turns) for d in dialogues])))
-    each = edits * config.candidates
-    jobs, width = 0, len(dialogues)
-    for _ in range(config.rounds):
-        jobs += width
-        width *= each
-    played = jobs * each
+    turns = [len(d.agent_turns) for d in dialogues]
+    jobs, played = _jobs(config, len(dialogues), _mean(turns))
+    _, most = _jobs(config, len(dialogues), max(turns))
     left = _mean([len(d.agent_turns) / 2 for d in dialogues])
     rows = [
         *_controller(config, some, jobs),
         *_forward(config, some, played, left, len(dialogues)),
         *_judge(config, some, played, len(dialogues)),
     ]
-    return {"dialogues": len(dialogues), "most_new": played, "roles": [row for row in rows if row["requests"]]}
+    return {"dialogues": len(dialogues), "most_new": most, "roles": [row for row in rows if row["requests"]]}
+
+
+def _jobs(config: RegenerateConfig, dialogues: int, turns: float) -> tuple[int, int]:
+    """Return how often a controller is asked in all rounds, and how many dialogues are played on."""
+    edits = min(config.edits_per_dialogue or turns, turns)
+    each, width, jobs = edits * config.candidates, float(dialogues), 0.0
+    for _ in range(config.rounds):
+        jobs += width
+        width *= each
+    return round(jobs), round(jobs * each)
 
 
 def table_of(found: dict[str, Any]) -> str:
