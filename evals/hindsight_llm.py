@@ -2,8 +2,8 @@
 
     python evals/hindsight_llm.py --output_dir evals/results [--data FILE]      # FILE: dialogues of PersuasionForGood
 
-The small model of this repository is controller, user, agent and judge, under constrained decoding. It has never seen a dialogue
-and what it says is poor; the machinery around it is what is measured.
+The small model of this repository is controller, user, agent and judge, under constrained decoding. It has never seen a
+dialogue and what it says is poor; the machinery around it is what is measured.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hindsight_report_regeneration import draw_rounds, llm_section, real_section, regenerated_section
 from numpy.typing import NDArray
 from scipy.stats import t, ttest_1samp
 
@@ -51,6 +52,12 @@ def main(argv: list[str]) -> int:
             found = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
             parts += section(name, found)
             draw(found, Path(config.images) / f"hindsight-{name.removeprefix('hindsight-')}.png")
+            if "regenerated" in found:
+                parts += regenerated_section(found)
+                draw_rounds(found, Path(config.images) / f"{name}-rounds.png")
+    for name, tell in (("hindsight-real", real_section), ("hindsight-llm", llm_section)):
+        if (results / f"{name}.json").is_file():
+            parts += tell(json.loads((results / f"{name}.json").read_text(encoding="utf-8")))
     write_text(results / "hindsight.md", "\n\n".join(parts) + "\n")
     return EXIT_DONE
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llmrl.hindsight.envs import charity
+from llmrl.hindsight.regeneration import opening
 from llmrl.hindsight.regeneration.answers import Answers
 from llmrl.hindsight.regeneration.asking import Asker, EngineSource
 from llmrl.hindsight.regeneration.budget import Meter
@@ -20,7 +21,7 @@ LOGS = charity.logs(6, 0)
 
 @pytest.fixture(scope="module")
 def small_lm(open_vllm):
-    return open_vllm("examples/tiny_lm", max_model_len=2048)
+    return open_vllm("examples/tiny_lm", max_model_len=2048, **opening._OPTIONS["vllm"])  # as the command opens it
 
 
 @pytest.fixture
