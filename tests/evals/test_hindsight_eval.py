@@ -22,8 +22,8 @@ def scripts():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EVALS))
         yield SimpleNamespace(**{key: importlib.import_module(name) for key, name in names.items()})
-        for name in names.values():
-            sys.modules.pop(name)
+        for name in (*names.values(), "hindsight_regenerated", "hindsight_report_regeneration"):
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -74,6 +74,42 @@ def test_users_who_are_models_and_turns_that_are_chosen(run, scripts, tmp_path):
     chosen = found["policies"]["best of 8 by Q"]["0"]
     assert (chosen["beta"], "grid" in chosen, "greedy" in chosen) == (0.0, False, False)
     assert scripts.report.main(["--results", str(tmp_path / "out"), "--images", str(tmp_path)]) == 0
+
+
+def test_regenerated_logs_are_made_once_and_told(run, scripts, tmp_path):
+    labels = [
+        "ilql on logs",
+        "ilql round 1",
+        "ilql",
+        "ilql copies learnt",
+        "ilql random",
+        "ilql leaking",
+        "ilql agreeable",
+    ]
+    words = ["--only", "regeneration", "--seeds", "2", "--methods", *labels]
+    assert run(*words) == 0
+    path = tmp_path / "out" / "hindsight-regeneration.json"
+    found = json.loads(path.read_text())
+    assert {label: len(seeds) for label, seeds in found["policies"].items()} == {
+        label: 1 if label in ("ilql leaking", "ilql agreeable") else 2 for label in labels
+    }
+    made = {source: told["made"] for source, told in found["regenerated"]["0"].items()}
+    assert made["random"] == made["hindsight"] > 40
+    agreeable = found["regenerated"]["0"]["agreeable"]["realism"]
+    assert agreeable["earned"]["difference"]["value"] > 0.3
+    assert agreeable["alarms"]
+    work = tmp_path / "work" / "regeneration" / "0"
+    told = {name: json.loads((work / name / "report.json").read_text()) for name in ("ilql", "ilql-copies-learnt")}
+    assert told["ilql"]["dialogues"]["copied_turns"] > 0 == told["ilql-copies-learnt"]["dialogues"]["copied_turns"]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*.jsonl")}
+    assert run(*words) == 0
+    same = {p for p, time in before.items() if p.stat().st_mtime_ns == time}
+    assert work / "hindsight.jsonl" in same
+    assert scripts.report.main(["--results", str(tmp_path / "out"), "--images", str(tmp_path)]) == 0
+    text = (tmp_path / "out" / "hindsight.md").read_text()
+    assert "| agreeable" in text
+    assert "alarm" in text
+    assert (tmp_path / "hindsight-regeneration-rounds.png").stat().st_size > 10_000
 
 
 def test_other_logs_than_those_that_are_there_are_refused(run):
