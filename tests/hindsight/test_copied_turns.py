@@ -64,3 +64,20 @@ def test_windows_leave_out_the_same_turns(turn):
     for row in kept:
         if row.id == "b":
             assert row.backup("turn", 0.9, "turn") == replace(by_id[row.first]).backup("turn", 0.9, "turn")
+
+
+def test_preferences_pair_a_regenerated_turn_with_the_one_that_was_said():
+    from llmrl.hindsight.preferences import turn_pairs
+
+    parent = talk("a")
+    messages = (*parent.messages[:3], Message("assistant", "may I ask more"), Message("user", "thank you so much"))
+    child = Dialogue(
+        "b", messages, (0, 1, 0, 7, 0), provenance={"regenerated": {"source": "a", "parent": "a", "turn": 3}}
+    )
+    rows, _ = rows_of([parent, child])
+    (pair,) = [one for one in turn_pairs(rows, 1.0, "turn") if one.gap]
+    said, again = rows[0].spans[1], rows[1].spans[1]
+    assert pair.history == rows[0].input_ids[: said.start] == rows[1].input_ids[: again.start]
+    assert pair.worse == rows[0].input_ids[said.start : said.stop]
+    assert pair.better == rows[1].input_ids[again.start : again.stop]
+    assert pair.gap == pytest.approx(7 - 5)
