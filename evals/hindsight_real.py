@@ -104,22 +104,28 @@ def split(sources: list[Path], name: str, folder: Path) -> dict[str, Any]:
 
 
 def leaks(sources: list[Path], name: str, dialogues: int = 300) -> dict[str, Any]:
-    """Return how often the check for leaks finds what the user says later word for word, and what was said elsewhere."""
+    """Return how often the check for leaks finds what the user says later word for word; and, where nothing leaks, what an
+    agent said in another dialogue, and what it said at this very turn.
+    """
     from llmrl.hindsight.datasets import read_files
     from llmrl.hindsight.dialogues import AGENT
     from llmrl.hindsight.regeneration.validation import Limits, leaked
+    from llmrl.types import Message
 
     logs, luck = read_files(sources, name).dialogues, random.Random(0)
-    common, found = Limits.of(logs).common, {"quotations": [0, 0], "said_elsewhere": [0, 0]}
+    common = Limits.of(logs).common
+    found = {"quotations": [0, 0], "said_elsewhere": [0, 0], "said_here": [0, 0]}
     for dialogue in luck.sample(logs, dialogues):
         for turn in dialogue.agent_turns:
             other = luck.choice(logs)
-            texts = {"said_elsewhere": other.messages[luck.choice(other.agent_turns)].content}
+            said, masked = dialogue.messages[turn].content, list(dialogue.messages)
+            masked[turn] = Message(AGENT, "...")  # else the check would know it
+            texts = {"said_elsewhere": other.messages[luck.choice(other.agent_turns)].content, "said_here": said}
             later = [m.content for m in dialogue.messages[turn + 1 :] if m.role != AGENT and len(m.content.split()) > 6]
             if later:
                 texts["quotations"] = luck.choice(later)
             for key, text in texts.items():
-                found[key][0] += leaked(text, dialogue.messages, turn, common) is not None
+                found[key][0] += leaked(text, masked, turn, common) is not None
                 found[key][1] += 1
     return {key: {"share": some / of, "texts": of} for key, (some, of) in found.items()}
 

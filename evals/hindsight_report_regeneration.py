@@ -96,7 +96,7 @@ def _forward(one: Mapping[str, Any], forward: Mapping[str, Any]) -> list[str]:
         f"after. What the logs earned, by the rule: rank correlation {_rank(rule['agreement'])}; by a regression on the "
         f"model's states: {_rank(regression['agreement'])}. The check for leaks finds {leaks['quotations']['share']:.0%} of "
         f"later turns that are quoted, and refuses {leaks['said_elsewhere']['share']:.1%} of what agents said in other "
-        "dialogues.",
+        f"dialogues and {leaks['said_here']['share']:.1%} of what they said at the turn itself.",
     ]
 
 

@@ -90,8 +90,7 @@ def without_copies(rows: Sequence[Encoded], dialogues: Sequence[Dialogue]) -> tu
     """Take turns out of what is learnt that are copies of another dialogue's; they are still read. Return also their number.
 
     A regenerated dialogue is its parent's up to the edited turn. Learnt in both, faults would be learnt as often as they were
-    mended later on; and because only a dialogue that went on can be edited late, copies make every turn look as if it had
-    mostly gone well.
+    mended later on; and because only a dialogue that went on can be edited late, copies favour what happened to go well.
 
     Args:
         rows: of the dialogues.

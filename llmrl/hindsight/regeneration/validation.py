@@ -2,7 +2,7 @@
 
 The hardest of them is leakage. A controller has read to the end; the agent at that turn had not. An utterance that takes up
 what the user says only later would teach the agent to guess, and its value would be that of a guess that is always right.
-Quotations can be found (four words running, names, numbers, rare words); knowledge that shows in no word cannot be. The words
+Quotations can be found (words that run alike, names, numbers, rare words); knowledge that shows in no word cannot be. The words
 that say nothing, and capitals that make a name, are those of English: in other languages more is refused.
 """
 
@@ -17,7 +17,8 @@ from llmrl.hindsight.dialogues import AGENT, Dialogue
 from llmrl.hindsight.regeneration.edits import Edit, Refused
 from llmrl.types import Message
 
-_RUN, _RUN_OF_SIGNS = 4, 8  # words that a quotation has at least
+# words that a quotation has at least: one of them new; one not said before; signs of a script without spaces
+_RUN, _LONG_RUN, _RUN_OF_SIGNS = 4, 6, 8
 _RARE = 2  # rare words of the user's that are too many
 _COMMON = 3  # a word is the agents' own when they say it in so many dialogues
 _LEAST_WORDS, _LEAST_CHARACTERS = 30, 200  # that an utterance may have however short those of the logs are
@@ -131,8 +132,8 @@ def leaked(text: str, messages: Sequence[Message], turn: int, common: frozenset[
         common: words that are the agents' own.
 
     Returns:
-        The words: four running, one of them new; a number or name; or two rare words. What was said before, what the agent
-        itself said before the world did, and words that are the agents' own are not new.
+        The words: four running, one of them new, or six, one of them not said before; a number or name; or two rare words.
+        What was said before, what the agent itself said before the world did, and the agents' own words are not new.
     """
     known = " ".join(message.content for message in messages[:turn])
     later: list[str] = []
@@ -146,10 +147,12 @@ def leaked(text: str, messages: Sequence[Message], turn: int, common: frozenset[
     before, after = set(words_of(known)), words_of(told)
     mine = words_of(text)
     fresh = {word for word in after if word not in before and word not in common and word not in _FUNCTION}
-    quoted = _runs(mine) & {run for text in later for run in _runs(words_of(text))} - _runs(words_of(known))
-    for run in sorted(quoted):
-        if any(_SIGN.match(word) or word in fresh for word in run):
-            return " ".join(run)
+    said_later = [words_of(text) for text in later]
+    for length in (_RUN, _LONG_RUN, _RUN_OF_SIGNS):
+        quoted = _runs(mine, length) & {run for words in said_later for run in _runs(words, length)}
+        for run in sorted(quoted - _runs(words_of(known), length)):
+            if _tells(run, fresh, before):
+                return " ".join(run)
     names = _names(told)
     telling = [word for word in mine if word in fresh and (word in names or any(c.isdigit() for c in word))]
     if telling:
@@ -158,11 +161,17 @@ def leaked(text: str, messages: Sequence[Message], turn: int, common: frozenset[
     return ", ".join(rare) if len(rare) >= _RARE else None
 
 
-def _runs(words: Sequence[str]) -> set[tuple[str, ...]]:
-    found = {tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)}
-    found = {run for run in found if not all(_SIGN.match(word) for word in run)}
-    signs = {tuple(words[i : i + _RUN_OF_SIGNS]) for i in range(len(words) - _RUN_OF_SIGNS + 1)}
-    return found | {run for run in signs if all(_SIGN.match(word) for word in run)}
+def _runs(words: Sequence[str], length: int) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
+def _tells(run: Sequence[str], fresh: set[str], before: set[str]) -> bool:
+    """Tell whether words that run alike are a quotation, and not a way of speaking."""
+    signs = sum(_SIGN.match(word) is not None for word in run)
+    if signs:
+        return len(run) >= _RUN_OF_SIGNS or signs < len(run)
+    said = sum(word not in _FUNCTION and word not in before for word in run)
+    return any(word in fresh for word in run) or (len(run) >= _LONG_RUN and said >= 1)
 
 
 def _names(text: str) -> set[str]:
