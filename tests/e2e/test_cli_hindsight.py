@@ -32,7 +32,7 @@ def test_a_trained_policy_opens_in_transformers_and_is_steered(world):
         head.beta, head.support = 0.0, 0.0
         assert not torch.isneginf(model(ids).logits).any()
     found = report(world / "ilql")
-    counts = {"read": 120, "kept_aside": 0, "kept_aside_by_reason": {}, "cut_off": 0, "used": 120}
+    counts = {"read": 120, "kept_aside": 0, "kept_aside_by_reason": {}, "cut_off": 0, "used": 120, "copied_turns": 0}
     assert found["dialogues"] == counts
     assert found["difference"] < 1e-4
     for name in ("config.resolved.yaml", "env.json", "metrics.jsonl", "README.md"):
