@@ -6,6 +6,7 @@ differences  from ilql, paired: the policies of a seed played the same episodes
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -205,7 +206,7 @@ def _floor(found: Mapping[str, Any]) -> float:
 
 
 def _draw_beta(axis: Any, found: Mapping[str, Any]) -> None:
-    colours = iter((_BLUE, _GREEN, "#8a5fb0", "#c58b1b", "#444444", "#17a2a2"))
+    colours = itertools.cycle((_BLUE, _GREEN, "#8a5fb0", "#c58b1b", "#444444", "#17a2a2"))
     for label, seeds in found["policies"].items():
         grids = [one["grid"] for one in seeds.values() if "grid" in one]
         if not grids:
@@ -219,7 +220,8 @@ def _draw_beta(axis: Any, found: Mapping[str, Any]) -> None:
     axis.set_xscale("log", base=2)
     axis.set(xlabel="beta (other luck than is reported)", ylabel="mean return (full: sampled, broken: greedy)")
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=8, frameon=False)
+        many = len(found["policies"]) > 9  # beside the lines, which would hide it
+        axis.legend(fontsize=8, frameon=False, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}))
 
 
 if __name__ == "__main__":
