@@ -78,8 +78,9 @@ def real_section(found: Mapping[str, Any]) -> list[str]:
 
 def _forward(one: Mapping[str, Any], forward: Mapping[str, Any]) -> list[str]:
     nll, leaks = forward["report"]["held_out_nll"], one["leaks"]
+    regression = forward.get("regression", {"agreement": None})
     rows = []
-    for label in ("trained", "told"):
+    for label in (name for name in ("trained", "told") if name in forward):
         told = forward[label]
         if "earned" not in told:
             rows.append([label, "0", str(told["lost"]), "", "", "", ""])
@@ -89,12 +90,12 @@ def _forward(one: Mapping[str, Any], forward: Mapping[str, Any]) -> list[str]:
             [label, str(told["prefixes"]), str(sum(told["lost"].values())), *cells, "; ".join(told["alarms"])[:60]]
         )
     head = ["forward model", "prefixes", "lost", "earned (real)", "words of a reply (real)", "agrees (real)", "alarm"]
-    rule, regression = forward["rule"], forward["regression"]
+    rule = forward["rule"]
     return [
         aligned_table(head, rows),
         f"Held-out users' words under the forward model: {nll['before']:.2f} nats a token before training, {nll['after']:.2f} "
         f"after. What the logs earned, by the rule: rank correlation {_rank(rule['agreement'])}; by a regression on the "
-        f"model's states: {_rank(regression['agreement'])}. The check for leaks finds {leaks['quotations']['share']:.0%} of "
+        f"model's states: {_rank(regression['agreement']) or 'not run'}. The check for leaks finds {leaks['quotations']['share']:.0%} of "
         f"later turns that are quoted, and refuses {leaks['said_elsewhere']['share']:.1%} of what agents said in other "
         f"dialogues and {leaks['said_here']['share']:.1%} of what they said at the turn itself.",
     ]
