@@ -95,8 +95,8 @@ def _forward(one: Mapping[str, Any], forward: Mapping[str, Any]) -> list[str]:
         aligned_table(head, rows),
         f"Held-out users' words under the forward model: {nll['before']:.2f} nats a token before training, {nll['after']:.2f} "
         f"after. What the logs earned, by the rule: rank correlation {_rank(rule['agreement'])}; by a regression on the "
-        f"model's states: {_rank(regression['agreement']) or 'not run'}. The check for leaks finds {leaks['quotations']['share']:.0%} of "
-        f"later turns that are quoted, and refuses {leaks['said_elsewhere']['share']:.1%} of what agents said in other "
+        f"model's states: {_rank(regression['agreement']) or 'not run'}. The check for leaks finds "
+        f"{leaks['quotations']['share']:.0%} of later turns that are quoted, and refuses {leaks['said_elsewhere']['share']:.1%} of what agents said in other "
         f"dialogues and {leaks['said_here']['share']:.1%} of what they said at the turn itself.",
     ]
 
