@@ -97,8 +97,8 @@ def _forward(one: Mapping[str, Any], forward: Mapping[str, Any]) -> list[str]:
         f"after. What the logs earned, by the rule: rank correlation {_rank(rule['agreement'])}; by a regression on the "
         f"model's states: {_rank(regression['agreement']) or 'not run'}. The check for leaks finds "
         f"{leaks['quotations']['share']:.0%} of later turns that are quoted, and refuses "
-        f"{leaks['said_elsewhere']['share']:.1%} of what agents said in other dialogues and {leaks['said_here']['share']:.1%} of "
-        "what they said at the turn itself.",
+        f"{leaks['said_elsewhere']['share']:.1%} of what agents said in other dialogues and "
+        f"{leaks['said_here']['share']:.1%} of what they said at the turn itself.",
     ]
 
 
