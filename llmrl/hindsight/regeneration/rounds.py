@@ -4,8 +4,9 @@
     round 2: those of round 1 -> edit, play on, reward -> ...
 
 One edit mends one fault; what is played on from there has the faults of the agent that plays. Rounds put the repairs in a row.
-A dialogue is one job, independent of all others: its luck is a hash of the run's seed and the dialogue's id, so the order of
-answers changes nothing, and neither does a run that was cut off.
+A dialogue is one job, independent of all others: its luck is a hash of the run's seed and of where the dialogue comes from, so
+the order of answers changes nothing, and neither does a run that was cut off. Who is asked is no part of it: two controllers
+meet the same luck.
 """
 
 from __future__ import annotations
@@ -160,6 +161,11 @@ def root_of(dialogue: Dialogue) -> str:
     return str(dialogue.provenance.get("regenerated", {}).get("source", dialogue.id))
 
 
+def lineage_of(dialogue: Dialogue) -> str:
+    """Return where a dialogue comes from: the log's id and the edits since, whoever made them."""
+    return root_of(dialogue) + str(dialogue.provenance.get("regenerated", {}).get("edits", ""))
+
+
 def open_turns(dialogue: Dialogue) -> tuple[int, ...]:
     """Return the turns of the agent that may be edited: all of a log, those from the last edit on of what was made."""
     first = int(dialogue.provenance.get("regenerated", {}).get("turn", 0))
@@ -175,7 +181,7 @@ def _batches(pool: Sequence[Dialogue], settings: Settings, done: Round) -> Itera
         yield [(dialogue, 0) for dialogue in pool]
         return
     wanted, start = done.wanted, 0
-    order = sorted(pool, key=lambda d: derive_seed(settings.seed, "order", done.number, d.id))
+    order = sorted(pool, key=lambda d: derive_seed(settings.seed, "order", done.number, lineage_of(d)))
     while (left := wanted - len(done.made)) > 0 and start < _MOST_TRIES * wanted:
         yield [(order[i % len(order)], i // len(order)) for i in range(start, start + left)]
         start += left
@@ -214,7 +220,7 @@ class _Work:
         outcome = Outcome()
         turns = open_turns(dialogue)
         edits = self.settings.edits or len(turns)
-        seed = derive_seed(self.settings.seed, "regenerate", self.number, dialogue.id, repetition)
+        seed = derive_seed(self.settings.seed, "regenerate", self.number, lineage_of(dialogue), repetition)
         task = Task(dialogue, turns, edits, self.settings.candidates, seed)
         try:
             usable, proposal = self._propose(task, outcome)
@@ -273,7 +279,7 @@ class _Work:
 
     def _play(self, task: Task, edit: Edit, proposal: Proposal, repetition: int, outcome: Outcome) -> None:
         """Play on from one edit, and add what came of it."""
-        source, name = task.dialogue, _name(self.settings.tag, self.number, edit, repetition)
+        source, name = task.dialogue, _name(self.number, edit, repetition)
         prefix = (*source.messages[: edit.turn], Message(AGENT, edit.utterance.strip()))
         seed = derive_seed(task.seed, "forward", name)
         try:
@@ -308,6 +314,7 @@ class _Work:
             **{key: value for key, value in source.provenance.items() if key != "regenerated"},
             "regenerated": {
                 "source": root_of(source),
+                "edits": f"{before.get('edits', '')}~{name}",
                 "parent": source.id,
                 "round": self.number,
                 "turn": edit.turn,
@@ -320,7 +327,7 @@ class _Work:
             },
         }
         return Dialogue(
-            id=f"{source.id}~{name}",
+            id=f"{source.id}~{'.'.join(part for part in (self.settings.tag, name) if part)}",
             messages=played.messages,
             rewards=tuple(rewards),
             done=played.done,
@@ -334,8 +341,8 @@ def _made(turn: int, by: str, model: str, prompt: str | None, seed: int, number:
     return {"turn": turn, "by": by, "model": model, "prompt": prompt, "seed": seed, "round": number}
 
 
-def _name(tag: str, number: int, edit: Edit, repetition: int) -> str:
-    return f"{tag}{'.' * bool(tag)}{number}.{edit.turn}.{edit.candidate}" + (f".{repetition}" if repetition else "")
+def _name(number: int, edit: Edit, repetition: int) -> str:
+    return f"{number}.{edit.turn}.{edit.candidate}" + (f".{repetition}" if repetition else "")
 
 
 def _run(
