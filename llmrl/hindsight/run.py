@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from llmrl.base_model import BaseModel, context_length, default_device, load_base
 from llmrl.config import to_flat
-from llmrl.errors import DistributedError, Interrupted, OutputError
+from llmrl.errors import DistributedError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
 from llmrl.hindsight.batches import DialogueCollator, check_packing, examples_of
 from llmrl.hindsight.calibration import ToGo, alarms, to_go_of
@@ -34,7 +34,7 @@ from llmrl.hindsight.settings import learning_rates, training_arguments
 from llmrl.hindsight.trainer import DialogueTrainer
 from llmrl.training.distributed import check_processes, is_main_process
 from llmrl.training.metrics import MetricsCallback, read_metrics
-from llmrl.training.resume import latest_checkpoint, list_checkpoints, remove_checkpoint, resolve_resume
+from llmrl.training.resume import check_checkpoints, train_from
 from llmrl.training.run import write_model_card, write_run_files
 from llmrl.training.run_callback import RunFilesCallback
 from llmrl.training.tracking import check_tracker
@@ -57,7 +57,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     started = time.monotonic()
     folder = check_output_dir(config.output_dir, overwrite=config.overwrite)
     work_dir = folder.with_name(f"{folder.name}.training")
-    _check_start(config, work_dir)
+    check_tracker(config.report_to)
+    check_processes(announce=False)
+    check_checkpoints(work_dir, config.resume_from_checkpoint, overwrite=config.overwrite)
     read = read_files(config.data, config.data_format)
     base = load_base(config.model, dtype=_dtype(config), revision=config.revision)
     longest = context_length(base.model, base.tokenizer, config.max_length)
@@ -78,7 +80,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     to_go = to_go_of(used, config.discount, config.discount_unit)
     trainer = _trainer(config, base, used, to_go, work_dir)
     check_processes(announce=not config.quiet)  # with their group, which the trainer's arguments started
-    _run(trainer, config)
+    train_from(trainer, config.resume_from_checkpoint)
     if not trainer.is_world_process_zero():
         return {}
     last = _last(work_dir)
@@ -166,17 +168,6 @@ def best(rows: Sequence[Encoded], share: float) -> list[Encoded]:
     return [row for row in rows if row.id in kept]
 
 
-def _check_start(config: TrainConfig, work_dir: Path) -> None:
-    check_tracker(config.report_to)
-    check_processes(announce=False)
-    found = list_checkpoints(work_dir)
-    if found and config.resume_from_checkpoint is None and not config.overwrite:
-        raise OutputError(
-            f"{work_dir} holds {found[-1].name} of an earlier run: --resume_from_checkpoint goes on, --overwrite starts anew"
-        )
-    resolve_resume(work_dir, config.resume_from_checkpoint)
-
-
 def _dtype(config: TrainConfig) -> str:
     """A step of 1e-4 is lost in a bfloat16 weight: what is trained as a whole, or on a CPU, is float32."""
     if config.dtype != "auto" or (config.tuning == "lora" and torch.cuda.is_available()):
@@ -246,19 +237,6 @@ def _data(
     pairs = pair_examples(turn_pairs(rows, config.discount, config.discount_unit))
     add_reference(model, pairs, config.micro_batch_size or config.batch_size, default_device())
     return pairs, PairCollator()
-
-
-def _run(trainer: DialogueTrainer, config: TrainConfig) -> None:
-    if config.resume_from_checkpoint is None and trainer.is_world_process_zero():
-        for checkpoint in list_checkpoints(trainer.args.output_dir):
-            remove_checkpoint(checkpoint)
-    trainer.accelerator.wait_for_everyone()
-    try:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    except KeyboardInterrupt:
-        found = latest_checkpoint(trainer.args.output_dir)
-        kept = f"goes on from {found.name}" if found else "begins again"
-        raise Interrupted(f"interrupted: the same command with --resume_from_checkpoint {kept}") from None
 
 
 def _fingerprint(rows: Sequence[Encoded], base: BaseModel, options: dict[str, Any]) -> str:

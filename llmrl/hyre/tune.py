@@ -17,7 +17,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback
 
-from llmrl.errors import DataError, DistributedError, Interrupted, OutputError
+from llmrl.errors import DataError, DistributedError
 from llmrl.hyre.backbone import (
     EnsembleRewardModel,
     EnsembleTrainer,
@@ -35,7 +35,7 @@ from llmrl.hyre.tune_settings import BackboneSettings, training_arguments
 from llmrl.hyre.tuned_folder import FINAL, save_trained
 from llmrl.training.distributed import check_processes
 from llmrl.training.metrics import MetricsCallback
-from llmrl.training.resume import latest_checkpoint, list_checkpoints, remove_checkpoint, resolve_resume
+from llmrl.training.resume import check_checkpoints, train_from
 from llmrl.training.run_callback import RunFilesCallback
 from llmrl.training.tracking import check_tracker, progress_bar
 
@@ -57,12 +57,7 @@ def check_start(work_dir: Path, settings: BackboneSettings, resume: str | None, 
     check_tracker(settings.report_to)
     check_processes(announce=False)
     settings.share()
-    found = list_checkpoints(work_dir)
-    if found and resume is None and not overwrite:
-        raise OutputError(
-            f"{work_dir} holds {found[-1].name} of an earlier run: --resume_from_checkpoint goes on, --overwrite starts anew"
-        )
-    resolve_resume(work_dir, resume)
+    check_checkpoints(work_dir, resume, overwrite=overwrite)
 
 
 def train_backbone(
@@ -138,16 +133,7 @@ def _train(trainer: EnsembleTrainer, settings: BackboneSettings, resume: str | N
     if settings.quiet:
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
-    if resume is None and trainer.is_world_process_zero():
-        for checkpoint in list_checkpoints(trainer.args.output_dir):
-            remove_checkpoint(checkpoint)
-    trainer.accelerator.wait_for_everyone()
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt:
-        found = latest_checkpoint(trainer.args.output_dir)
-        kept = f"goes on from {found.name}" if found else "begins again"
-        raise Interrupted(f"interrupted: the same command with --resume_from_checkpoint {kept}") from None
+    train_from(trainer, resume)
 
 
 def start_heads(

@@ -35,7 +35,6 @@ from llmrl.leret.policy_files import open_policy
 from llmrl.leret.preference_data import PairRow, fingerprint_rows, read_pairs
 from llmrl.leret.reference import REFERENCES, reference_logps
 from llmrl.leret.stage import (
-    Stage,
     TrainResult,
     choose_rows,
     model_card,
@@ -44,8 +43,8 @@ from llmrl.leret.stage import (
     silence,
 )
 from llmrl.leret.train_settings import TrainSettings, training_arguments
-from llmrl.training.checkpoint import SafeCheckpoints
 from llmrl.training.distributed import check_launch, is_main_process
+from llmrl.training.whole_batches import WholeBatchTrainer
 
 LOSSES = ("ipo", "dpo")
 # more than this for one token is a beta that belongs to the other reduction, not a wish
@@ -104,7 +103,7 @@ class Objective:
         return line, f"{warning}; raise beta"
 
 
-class PreferenceTrainer(Stage, SafeCheckpoints):
+class PreferenceTrainer(WholeBatchTrainer):
     """Trainer of an Objective on batches of PairCollator with reference log-probabilities in them.
 
     Attributes:
@@ -113,7 +112,7 @@ class PreferenceTrainer(Stage, SafeCheckpoints):
 
     objective: Objective = Objective()
     loss_is_scaled_for_ga = True
-    checkpoint_attributes = (*SafeCheckpoints.checkpoint_attributes, "_sums")
+    checkpoint_attributes = (*WholeBatchTrainer.checkpoint_attributes, "_sums")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -13,7 +13,6 @@ from typing import Any
 from llmrl.leret.policy_files import open_policy
 from llmrl.leret.preference_data import SftRow, fingerprint_rows, read_sft_rows
 from llmrl.leret.stage import (
-    Stage,
     TrainResult,
     choose_rows,
     model_card,
@@ -97,12 +96,12 @@ def train_sft(
 def _trainer_class() -> Any:
     from trl import SFTTrainer
 
-    from llmrl.training.checkpoint import SafeCheckpoints
+    from llmrl.training.whole_batches import WholeBatchTrainer
 
     def no_card(self: Any, *args: Any, **kwargs: Any) -> None:
         """Write no card of trl's at every checkpoint: ours goes beside the final weights."""
 
-    return type("LeretSFTTrainer", (Stage, SafeCheckpoints, SFTTrainer), {"create_model_card": no_card})
+    return type("LeretSFTTrainer", (WholeBatchTrainer, SFTTrainer), {"create_model_card": no_card})
 
 
 def _columns(row: SftRow) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""What both trainers of LeReT share: whole global batches in one order, and refusals when a resumed run is another one."""
+"""What both stages of LeReT share: refusals before anything is loaded, rows that fit, training and saving, the model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback
 
 from llmrl.base_model import context_length
@@ -17,30 +16,11 @@ from llmrl.errors import DistributedError, OutputError
 from llmrl.leret.policy_files import Policy, save_policy
 from llmrl.leret.preference_data import Row, check_vocabulary, fit_to_length
 from llmrl.leret.train_settings import TrainSettings, steps_of
-from llmrl.training.batches import WholeBatches
 from llmrl.training.distributed import check_processes, is_main_process, world_size
 from llmrl.training.resume import list_checkpoints
 from llmrl.training.tracking import check_tracker
 
 logger = logging.getLogger(__name__)
-
-
-class Stage:
-    """Mixin before SafeCheckpoints: rows dealt out by WholeBatches, and facts of the run in every checkpoint.
-
-    Attributes:
-        run_facts: what a checkpoint must agree on with the run that resumes from it, beside world size and steps.
-    """
-
-    run_facts: dict[str, Any]
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        args = self.args  # type: ignore[attr-defined]
-        batch_size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        return WholeBatches(len(train_dataset or self.train_dataset), batch_size, args.data_seed)  # type: ignore[attr-defined]
-
-    def _facts(self) -> dict[str, Any]:
-        return {**super()._facts(), **self.run_facts}  # type: ignore[misc]
 
 
 def check_fresh(output_dir: Path | str, resume: str | bool | None) -> None:

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llmrl.errors import CheckpointError, OutputError
+from llmrl.errors import CheckpointError, Interrupted, OutputError
 from llmrl.files import write_json
 
 MANIFEST = "llmrl_checkpoint.json"
@@ -172,6 +172,39 @@ def begin_or_resume(work_dir: Path | str, resume_from_checkpoint: str | bool | N
         remove_checkpoint(old)
     remove_leftovers(work_dir)
     return checkpoint
+
+
+def check_checkpoints(work_dir: Path | str, resume_from_checkpoint: str | bool | None, *, overwrite: bool) -> None:
+    """Refuse what a training would refuse later, before anything is loaded.
+
+    Raises:
+        OutputError: `work_dir` holds checkpoints, and the run was asked neither to go on nor to start anew.
+        CheckpointError: see `resolve_resume`.
+    """
+    found = list_checkpoints(work_dir)
+    if found and resume_from_checkpoint is None and not overwrite:
+        raise OutputError(
+            f"{work_dir} holds {found[-1].name} of an earlier run: --resume_from_checkpoint goes on, --overwrite starts anew"
+        )
+    resolve_resume(work_dir, resume_from_checkpoint)
+
+
+def train_from(trainer: Any, resume_from_checkpoint: str | bool | None) -> None:
+    """Train from a checkpoint, or anew without those of earlier runs; call it on every process.
+
+    Raises:
+        Interrupted: Ctrl-C; the message says how to go on.
+    """
+    if resume_from_checkpoint is None and trainer.is_world_process_zero():
+        for checkpoint in list_checkpoints(trainer.args.output_dir):
+            remove_checkpoint(checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except KeyboardInterrupt:
+        found = latest_checkpoint(trainer.args.output_dir)
+        kept = f"goes on from {found.name}" if found else "begins again"
+        raise Interrupted(f"interrupted: the same command with --resume_from_checkpoint {kept}") from None
 
 
 def compare_runs(checkpoint: Path | str, facts: dict[str, Any]) -> None:

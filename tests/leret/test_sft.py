@@ -20,9 +20,10 @@ from llmrl.leret.policy_files import open_policy
 from llmrl.leret.preference_data import SftRow, fit_to_length, read_sft_rows
 from llmrl.leret.rounds import stage_settings
 from llmrl.leret.sft import train_sft
-from llmrl.leret.stage import WholeBatches, batches_line, choose_rows
+from llmrl.leret.stage import batches_line, choose_rows
 from llmrl.leret.train_settings import TrainSettings, split_batch, steps_of, training_arguments
 from llmrl.training import read_metrics
+from llmrl.training.batches import WholeBatches
 
 NEEDED = {"model": "m", "questions": ["q"], "passages": ["p"], "output_dir": "o"}
 FULL = TrainSettings(tuning="full", batch_size=8, learning_rate=1e-3, warmup_steps=0, logging_steps=1, quiet=True)

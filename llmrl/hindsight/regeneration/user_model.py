@@ -22,7 +22,7 @@ import torch
 
 from llmrl.base_model import BaseModel, context_length, default_device, load_base
 from llmrl.config import to_flat
-from llmrl.errors import DataError, Interrupted, ModelError, OutputError, UsageError
+from llmrl.errors import DataError, ModelError, UsageError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
 from llmrl.hindsight.datasets import read_files
 from llmrl.hindsight.dialogues import AGENT, Dialogue
@@ -34,7 +34,7 @@ from llmrl.rollout.logged import encode_messages
 from llmrl.rollout.seeds import derive_seed
 from llmrl.rollout.users import users_view
 from llmrl.training.distributed import check_launch, check_processes, is_main_process, split_batch
-from llmrl.training.resume import latest_checkpoint, list_checkpoints, remove_checkpoint, resolve_resume
+from llmrl.training.resume import check_checkpoints, train_from
 from llmrl.training.run import write_model_card, write_run_files
 from llmrl.training.tracking import check_tracker
 from llmrl.types import Message
@@ -102,7 +102,9 @@ def train(config: ForwardConfig) -> dict[str, Any]:
     started = time.monotonic()
     folder = check_output_dir(config.output_dir, overwrite=config.overwrite)
     work_dir = folder.with_name(f"{folder.name}.training")
-    _check_start(config, work_dir)
+    check_tracker(config.report_to)
+    check_processes(announce=False)
+    check_checkpoints(work_dir, config.resume_from_checkpoint, overwrite=config.overwrite)
     read = read_files(config.data, config.data_format)
     base = load_base(config.model, dtype="auto" if torch.cuda.is_available() else "float32", revision=config.revision)
     longest = context_length(base.model, base.tokenizer, config.max_length)
@@ -122,7 +124,7 @@ def train(config: ForwardConfig) -> dict[str, Any]:
     before = nll(base.model, unseen)
     trainer = _trainer(config, base, rows, work_dir)
     check_processes(announce=shown)
-    _run(trainer, config)
+    train_from(trainer, config.resume_from_checkpoint)
     if not trainer.is_world_process_zero():
         return {}
     report = {
@@ -158,17 +160,6 @@ def nll(model: Any, rows: Sequence[Row]) -> float:
         total, count = total + float(losses[mask].sum()), count + int(mask.sum())
     model.train(was_training)
     return total / count
-
-
-def _check_start(config: ForwardConfig, work_dir: Path) -> None:
-    check_tracker(config.report_to)
-    check_processes(announce=False)
-    found = list_checkpoints(work_dir)
-    if found and config.resume_from_checkpoint is None and not config.overwrite:
-        raise OutputError(
-            f"{work_dir} holds {found[-1].name} of an earlier run: --resume_from_checkpoint goes on, --overwrite starts anew"
-        )
-    resolve_resume(work_dir, config.resume_from_checkpoint)
 
 
 def _trainer(config: ForwardConfig, base: BaseModel, rows: Sequence[Row], work_dir: Path) -> Any:
@@ -220,39 +211,15 @@ def _trainer(config: ForwardConfig, base: BaseModel, rows: Sequence[Row], work_d
 def _trainer_class() -> Any:
     from trl import SFTTrainer
 
-    from llmrl.training.batches import WholeBatches
-    from llmrl.training.checkpoint import SafeCheckpoints
+    from llmrl.training.whole_batches import WholeBatchTrainer
 
-    class UserTrainer(SafeCheckpoints, SFTTrainer):
+    class UserTrainer(WholeBatchTrainer, SFTTrainer):
         """trl's SFT on whole global batches, with checkpoints that resume exactly."""
-
-        run_facts: dict[str, Any]
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            args = self.args
-            batch_size = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-            return WholeBatches(len(train_dataset or self.train_dataset), batch_size, args.data_seed)
-
-        def _facts(self) -> dict[str, Any]:
-            return {**super()._facts(), **self.run_facts}
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Write no card of trl's at every checkpoint: ours goes beside the final weights."""
 
     return UserTrainer
-
-
-def _run(trainer: Any, config: ForwardConfig) -> None:
-    if config.resume_from_checkpoint is None and trainer.is_world_process_zero():
-        for checkpoint in list_checkpoints(trainer.args.output_dir):
-            remove_checkpoint(checkpoint)
-    trainer.accelerator.wait_for_everyone()
-    try:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    except KeyboardInterrupt:
-        found = latest_checkpoint(trainer.args.output_dir)
-        kept = f"goes on from {found.name}" if found else "begins again"
-        raise Interrupted(f"interrupted: the same command with --resume_from_checkpoint {kept}") from None
 
 
 def _save(
