@@ -144,6 +144,31 @@ def test_kill_9_and_the_same_command_give_the_same_bytes(logs, tmp_path):
         assert digest(tmp_path / name.format("killed")) == digest(tmp_path / name.format("whole"))
 
 
+def test_ctrl_c_ends_after_the_requests_under_way_and_keeps_their_answers(logs, tmp_path):
+    with ChatServer() as server:
+        asked = threading.Event()
+
+        def slowly(body):
+            if len(server.requests) > 30:
+                asked.set()
+                time.sleep(0.3)
+            return say(body)
+
+        server.answers = [slowly]
+        words = list(map(str, by_models(server, logs, tmp_path / "new.jsonl", "--quiet")))
+        command = [sys.executable, "-m", "llmrl.cli", "hindsight", "regenerate", *words]
+        child = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        assert asked.wait(120)
+        child.send_signal(signal.SIGINT)
+        _, told = child.communicate(timeout=60)
+        assert child.returncode == 130
+        assert "answers are kept; the same command goes on" in told
+        assert "Traceback" not in told
+        kept = int(told.split("interrupted: ")[1].split()[0])
+        assert 20 < kept <= len(server.requests) < 60
+        assert not (tmp_path / "new.jsonl").exists()
+
+
 def test_a_budget_is_never_exceeded_and_a_larger_one_goes_on(logs, tmp_path, llmrl):
     with ChatServer() as server:
         server.answers = [say]
