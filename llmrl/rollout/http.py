@@ -73,47 +73,60 @@ class HttpServer:
         self.url = check_url(url)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = timeout
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            # how many requests are under way is for the caller to say: one that asks for health must never queue
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE),
-            trust_env=False,  # a proxy for the outside world does not lead to servers of ours
-        )
+
+        def client(**limits: Any) -> httpx.AsyncClient:
+            return httpx.AsyncClient(
+                base_url=self.url,
+                headers=headers,
+                # how many requests are under way is for the caller to say: one that asks for health must never queue
+                limits=httpx.Limits(max_connections=None, **limits),
+                trust_env=False,  # a proxy for the outside world does not lead to servers of ours
+            )
+
+        self._client = client(keepalive_expiry=_KEEP_ALIVE)
+        self._unshared = client(max_keepalive_connections=0)  # a connection a request
 
     async def get(self, path: str, *, timeout: float | None = None) -> Any:
         """Return the JSON answer to a GET; None when it is empty. With a `timeout` of its own it waits no longer.
 
-        A server closes an idle connection just when it is used again now and then. To ask twice for a state is harmless.
+        A server closes an idle connection just when it is used again now and then, the more often the busier the machine
+        is. To ask twice for a state is harmless, the second time on a new connection.
         """
-        try:
-            return await self._ask("GET", path, None, timeout)
-        except LostConnection:
-            return await self._ask("GET", path, None, timeout)
+        return await self._twice("GET", path, None, timeout)
 
-    async def post(self, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
+    async def post(self, path: str, body: Any = None, *, timeout: float | None = None, harmless: bool = False) -> Any:
         """Return the JSON answer to a POST; None when it is empty, its text when it is none.
 
-        With a `timeout` of its own it waits no longer, however healthy the server is.
+        With a `timeout` of its own it waits no longer, however healthy the server is. `harmless`: it changes nothing on the
+        server, and is sent once more when the connection breaks.
 
         Raises:
             ServerFault: No connection, no answer in time, a broken answer, or a status of 500 and more.
             ServerBusy: Status 429 or 503.
             Refusal: Any other status that is no success.
         """
-        return await self._ask("POST", path, body, timeout)
+        return await (self._twice if harmless else self._ask)("POST", path, body, timeout)
 
     async def close(self) -> None:
         """Close the connections."""
-        with suppress(Exception):
-            await self._client.aclose()
+        for client in (self._client, self._unshared):
+            with suppress(Exception):
+                await client.aclose()
 
-    async def _ask(self, method: str, path: str, body: Any, timeout: float | None) -> Any:
+    async def _twice(self, method: str, path: str, body: Any, timeout: float | None) -> Any:
+        try:
+            return await self._ask(method, path, body, timeout)
+        except LostConnection:
+            return await self._ask(method, path, body, timeout, self._unshared)
+
+    async def _ask(
+        self, method: str, path: str, body: Any, timeout: float | None, client: httpx.AsyncClient | None = None
+    ) -> Any:
         connect = min(timeout or self._timeout, _CONNECT_TIMEOUT)
         limits = httpx.Timeout(timeout, connect=connect)
 
         def send() -> asyncio.Task[httpx.Response]:
-            return asyncio.ensure_future(self._client.request(method, path, json=body, timeout=limits))
+            return asyncio.ensure_future((client or self._client).request(method, path, json=body, timeout=limits))
 
         try:
             answer = await (send() if timeout is not None else self._patiently(send))

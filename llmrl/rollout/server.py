@@ -92,7 +92,7 @@ class ServerEngine(BaseEngine):
         adapter: Path | str | None = None,
         timeout: float = 600.0,
         retries: int = 5,
-        patience: float = 15.0,
+        patience: float = 45.0,
         transfer_dir: Path | str | None = None,
         require_sync: bool = False,
         api_key: str | None = None,
@@ -253,7 +253,7 @@ class ServerEngine(BaseEngine):
 
     async def _ask(self, member: Member, body: dict[str, Any], seconds: float | None = None) -> Any:
         try:
-            return await member.http.post("/v1/completions", body, timeout=seconds)
+            return await member.http.post("/v1/completions", body, timeout=seconds, harmless=True)
         except (Refusal, ServerFault) as error:
             if NOT_IN_JSON in str(error):
                 raise RequestError(NOT_A_NUMBER) from None

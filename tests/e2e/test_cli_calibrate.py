@@ -327,6 +327,6 @@ def test_calibrate_reads_several_kinds_of_files(calibrate, sentences, tmp_path, 
     packed.write_bytes(gzip.compress(rows.read_bytes()))
     table = tmp_path / "d.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["He said:"] * 9, "completion": sentences[:9]}), table)
-    ended = calibrate(zipped, tmp_path / "out", "--method", "temperature", "--data", zipped, rows, packed, table)
+    ended = calibrate(zipped, tmp_path / "out", "--method", "temperature", "--data", rows, packed, table)
     assert ended.code == 0, ended.err
     assert read_json(tmp_path / "out" / "report.json")["rows"] == 1 + 10 + 10 + 9

@@ -345,19 +345,45 @@ def test_close_fails_what_is_under_way(fakes, client):
             future.result(timeout=5)
 
 
-def test_a_state_is_asked_for_again_when_the_connection_was_just_closed(fakes, client, monkeypatch):
+@pytest.fixture
+def breaks_once(monkeypatch):
+    """The first request finds its connection closed; returns what was asked, and whether on a connection of its own."""
     from llmrl.rollout.http import HttpServer, LostConnection
 
-    one = client(fakes(None))
     asked, plain = [], HttpServer._ask
 
-    async def breaks_once(self, method, path, *rest):
-        asked.append((method, path))
+    async def ask(self, method, path, body, timeout, client=None):
+        asked.append((method, path, client is not None))
         if len(asked) == 1:
             raise LostConnection("ReadError: connection lost")
-        return await plain(self, method, path, *rest)
+        return await plain(self, method, path, body, timeout, client)
 
-    monkeypatch.setattr(HttpServer, "_ask", breaks_once)
+    monkeypatch.setattr(HttpServer, "_ask", ask)
+    return asked
+
+
+def test_a_state_is_asked_for_again_when_the_connection_was_just_closed(fakes, client, breaks_once):
+    one = client(fakes(None))
+    breaks_once.clear()
     found = one._loop.run(one._pool.members[0].http.get("/v1/models"))
     assert found["data"]
-    assert asked == [("GET", "/v1/models")] * 2
+    assert breaks_once == [("GET", "/v1/models", False), ("GET", "/v1/models", True)]
+
+
+def test_a_completion_is_asked_for_again_and_its_server_stays_in(fakes, client, breaks_once):
+    (fake,) = fakes(None)
+    one = client([fake])
+    breaks_once.clear()
+    assert one.generate([[1, 2]], GREEDY)[0][0].token_ids
+    assert breaks_once[:2] == [("POST", "/v1/completions", False), ("POST", "/v1/completions", True)]
+    assert one._pool.members[0].faults == 0
+
+
+def test_a_change_is_not_asked_for_twice(fakes, client, breaks_once):
+    from llmrl.rollout.http import LostConnection
+
+    one = client(fakes(None))
+    breaks_once.clear()
+    with pytest.raises(LostConnection):
+        one._loop.run(one._pool.members[0].http.post("/pause?mode=wait"))
+    assert len(breaks_once) == 1

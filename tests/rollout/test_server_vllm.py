@@ -413,7 +413,7 @@ def test_rollout_when_both_servers_are_killed_and_resumed_on_another(stories_dir
             [*command, *(one.url for one in pair)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
         )
         stack.callback(run.kill)
-        wait_for(lambda: finished() >= 3, seconds=60)
+        wait_for(lambda: finished() >= 3, seconds=180)
         for one in pair:
             kill(one)
         assert run.wait(timeout=120) == 1
