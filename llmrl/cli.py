@@ -13,6 +13,7 @@ _COMMANDS = {
     "rollout": "sample answers to a file of prompts with transformers, vLLM or vLLM servers",
     "leret": "teach a model to search by trying: explore queries, train on the preferences, evaluate",
     "hyre": "one reward ensemble, fitted to a user or a domain by a few labels: train, adapt, query, score, eval, export",
+    "switch": "many LoRA experts, chosen per token: train, eval, export",
     "hindsight": "learn a better dialogue policy from logs: train (ILQL and its rivals), eval, fold, logs",
     "serve": "serve a folder llmrl wrote, or any model, with vLLM; --workers N starts several, --sync takes new weights",
     "doctor": "versions found and wanted, which backends work, GPU and memory",
@@ -48,6 +49,7 @@ def _run(argv: list[str]) -> int:
         "rollout": _rollout,
         "leret": _leret,
         "hyre": _hyre,
+        "switch": _switch,
         "hindsight": _hindsight,
         "serve": _serve,
         "doctor": _doctor,
@@ -86,6 +88,12 @@ def _hyre(argv: list[str]) -> int:
     from llmrl.commands import run_hyre
 
     return run_hyre(argv)
+
+
+def _switch(argv: list[str]) -> int:
+    from llmrl.commands import run_switch
+
+    return run_switch(argv)
 
 
 def _hindsight(argv: list[str]) -> int:

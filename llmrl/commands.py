@@ -180,6 +180,44 @@ def run_hyre(argv: list[str], prog: str = "llmrl hyre", action: str | None = Non
     return _done(actions[action], config)
 
 
+_SWITCH = {
+    "train": "Train LoRA experts and the router that chooses among them per token; the base stays frozen.",
+    "eval": "Measure what held-out rows of each task lose, and which experts they go to.",
+    "export": "Write a fixed mixture of the experts as one plain peft adapter.",
+}
+
+
+def run_switch(argv: list[str], prog: str = "llmrl switch", action: str | None = None) -> int:
+    """Parse options, then train, evaluate or export; return the exit code.
+
+    Args:
+        argv: arguments without the program's name; the first is the action unless `action` is given.
+        prog: shown in usage messages.
+        action: train, eval or export.
+    """
+    from llmrl.lora_switch import options
+
+    if action is None:
+        action, argv, prog = _named_action(argv, prog, _SWITCH, "LoRA experts, chosen per token by one router")
+    if action is None:
+        return EXIT_DONE
+    classes: dict[str, Any] = {
+        "train": options.TrainConfig,
+        "eval": options.EvalConfig,
+        "export": options.ExportConfig,
+    }
+    config = parse_config(classes[action], argv, prog=prog, description=_SWITCH[action])
+    quiet_libraries(config.quiet)
+    from llmrl.lora_switch import evaluate, experts, train
+
+    actions: dict[str, Callable[[Any], object]] = {
+        "train": train.train,
+        "eval": evaluate.evaluate,
+        "export": experts.export,
+    }
+    return _done(actions[action], config)
+
+
 _HINDSIGHT = {
     "train": "Learn a policy for dialogues from logs of mediocre ones: ILQL, Monte-Carlo values, AWR, cloning, preferences.",
     "eval": "Play a policy in an environment whose best return is known.",

@@ -1,7 +1,7 @@
 """The entry point vLLM calls in every one of its processes (group `vllm.general_plugins`).
 
-For each causal LM that vLLM knows, `XForCausalLM`, two more are registered by name: `LlmrlXForCausalLM` (heads on logits) and
-`LlmrlXForSequenceClassification` (heads on pooled states). Nothing is imported until one of them is asked for. Every
+For each causal LM that vLLM knows, `XForCausalLM`, three more are registered by name: `LlmrlXForCausalLM` (heads on logits),
+`LlmrlXForSequenceClassification` (heads on pooled states) and `LlmrlSwitchXForCausalLM` (experts routed per token). Nothing is imported until one of them is asked for. Every
 process also learns the weight transfer of the rollout engine, and the CPU build what it takes to mend it.
 """
 
@@ -14,7 +14,8 @@ from llmrl.rollout.weight_files import VLLM_BACKEND
 from llmrl.vllm_compat import patch_cpu_build
 
 MODULE = "llmrl.serving.models"
-PREFIX = "Llmrl"
+SWITCH_MODULE = "llmrl.serving.switch_models"
+PREFIX, SWITCH_PREFIX = "Llmrl", "LlmrlSwitch"
 CAUSAL, POOLING = "ForCausalLM", "ForSequenceClassification"
 MARKER_VARIABLE = "LLMRL_PLUGIN_MARKER"  # a file that `llmrl serve` looks for, to tell whether this function ran
 
@@ -29,9 +30,10 @@ def register() -> None:
     for base in known:
         if base.startswith(PREFIX) or not is_causal_lm(base):
             continue
-        for name in (PREFIX + base, PREFIX + pooling_name(base)):
+        switch = SWITCH_PREFIX + base
+        for name, module in ((PREFIX + base, MODULE), (PREFIX + pooling_name(base), MODULE), (switch, SWITCH_MODULE)):
             if name not in known:
-                ModelRegistry.register_model(name, f"{MODULE}:{name}")
+                ModelRegistry.register_model(name, f"{module}:{name}")
     _register_weight_transfer()
     patch_cpu_build()
     marker = os.environ.get(MARKER_VARIABLE)

@@ -1,0 +1,103 @@
+"""Generation with a static cache: one step captured as a CUDA graph where there is a GPU, the same step eager elsewhere.
+
+A step's route is computed inside it, once a token, on the device, so that a replay follows new tokens' routes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrl.errors import ModelError, UsageError
+
+
+class DecodeLoop:
+    """Greedy or sampled decoding of a batch with buffers of fixed address.
+
+    Args:
+        model: a causal LM, with experts or without, in evaluation.
+        max_length: tokens of prompt and answer together.
+        batch_size: rows.
+        graph: capture the step; None does where the model lies on a GPU.
+
+    Raises:
+        ModelError: resident copies, whose choice is made on the host, cannot be captured.
+    """
+
+    def __init__(self, model: Any, max_length: int, batch_size: int = 1, *, graph: bool | None = None) -> None:
+        from transformers import StaticCache
+
+        self.model, self.max_length = model, max_length
+        device = next(model.parameters()).device
+        self.graphed = device.type == "cuda" if graph is None else graph
+        runner = type(getattr(model, "_switch_runner", None)).__name__
+        if self.graphed and runner in ("_Resident", "_InPlace"):
+            raise ModelError(f"the mode {runner.strip('_').lower()} reads its route on the host: pass graph=False")
+        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.logits: Tensor | None = None
+        self._graph: Any = None
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+        """Return `[B, max_new_tokens]` new tokens after prompts `[B, T]` of one length; no token ends a row.
+
+        Raises:
+            UsageError: more tokens than the loop was made for, or another batch.
+        """
+        rows, length = input_ids.shape
+        if rows != len(self.token) or length + max_new_tokens > self.max_length:
+            raise UsageError(
+                f"this loop holds {len(self.token)} rows of {self.max_length} tokens, asked for {rows} of "
+                f"{length} + {max_new_tokens}"
+            )
+        generator = torch.Generator(device=input_ids.device).manual_seed(seed)
+        self.cache.reset()
+        if hasattr(self.cache, "switch_route"):
+            del self.cache.switch_route  # a pooled route belongs to its prompt
+        positions = torch.arange(length, device=input_ids.device)[None]
+        logits = self.model(input_ids=input_ids, position_ids=positions, past_key_values=self.cache, use_cache=True).logits
+        new = []
+        for step in range(max_new_tokens):
+            new.append(_next(logits[:, -1].float(), temperature, generator))
+            if step + 1 < max_new_tokens:
+                self.token.copy_(new[-1])
+                self.position.fill_(length + step)
+                logits = self._step()
+        return torch.cat(new, 1)
+
+    def _step(self) -> Tensor:
+        if not self.graphed:
+            return self._forward()
+        if self._graph is None:
+            self._capture()
+        else:
+            self._graph.replay()
+        assert self.logits is not None
+        return self.logits
+
+    def _forward(self) -> Tensor:
+        options = {"position_ids": self.position.expand(len(self.token), 1), "past_key_values": self.cache}
+        return self.model(input_ids=self.token, use_cache=True, **options).logits  # type: ignore[no-any-return]
+
+    def _capture(self) -> None:
+        """Record the step; the warm-up steps write the same cache entry as the first replay does."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self.logits = self._forward()
+        self._graph.replay()
+
+
+def _next(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -1,0 +1,210 @@
+"""A switch model on disk: its experts and router in safetensors, and in config.json what they belong to.
+
+    config.json         the base's configuration, model_type "llmrl_switch", and `SwitchFolder` under "llmrl_switch"
+    model.safetensors   `<layer>.switch_A` [E, r, in], `<layer>.switch_B` [out, E r], `switch_router.weight` [E, hidden]
+
+The base's weights are not in it. The name of the weight file is the one Trainer looks for when it resumes a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrl.errors import HeadMismatchError, LlmrlError, ModelError, UsageError
+from llmrl.files import write_json
+from llmrl.fingerprints import fingerprint_weights
+from llmrl.heads import BaseReference
+from llmrl.lora_switch.config import SwitchConfig
+from llmrl.lora_switch.model import CLASS_PREFIX, SwitchMixin, get_switch_model
+from llmrl.modeling import local_folder, read_tensors
+
+MODEL_TYPE = CONFIG_KEY = "llmrl_switch"
+ARCHITECTURE_PREFIX = "LlmrlSwitch"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SwitchFolder:
+    """The value of `config.json["llmrl_switch"]`."""
+
+    switch: SwitchConfig
+    base: BaseReference
+    base_model_type: str
+    base_architecture: str
+    format: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return {**asdict(self), "switch": self.switch.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "config.json") -> SwitchFolder:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ModelError: another format, or a missing or broken part.
+        """
+        if not isinstance(value, Mapping) or value.get("format") != FORMAT_VERSION:
+            found = value.get("format") if isinstance(value, Mapping) else value
+            raise ModelError(f"{where}: switch format {found!r} is not {FORMAT_VERSION}: install the llmrl that wrote it")
+        try:
+            fields = dict(value)
+            fields["switch"] = SwitchConfig.from_json(value["switch"])
+            fields["base"] = BaseReference(**value["base"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ModelError(f"{where}: the switch configuration is damaged ({error}): save the folder again") from error
+
+
+def switch_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a folder holds of a state dict: contiguous CPU tensors by name."""
+    kept = {n: t for n, t in state.items() if n.endswith((".switch_A", ".switch_B")) or n.startswith("switch_router.")}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+
+
+def save_switch_folder(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write experts, router, and the configuration into `folder`.
+
+    Args:
+        model: what `get_switch_model` returned.
+        folder: made when missing.
+        state: a gathered state dict; None takes the model's own.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    described = SwitchFolder(
+        model.switch_config, base_reference(model), model.config.model_type, type(model).__name__.removeprefix(CLASS_PREFIX)
+    )
+    model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields |= {
+        "model_type": MODEL_TYPE,
+        "architectures": [ARCHITECTURE_PREFIX + described.base_architecture],
+        CONFIG_KEY: described.to_json(),
+    }
+    write_json(path, fields)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    target = folder / WEIGHTS_FILE
+    partial = folder / (WEIGHTS_FILE + ".tmp")
+    save_file(switch_tensors(model.state_dict() if state is None else state), str(partial), metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors makes it readable by its owner only
+    partial.replace(target)
+
+
+def base_reference(model: Any) -> BaseReference:
+    """Return the identity of the base a switch model was made from; empty where it came from no folder."""
+    if model.switch_base is None:
+        name = str(getattr(model.config, "_name_or_path", "") or "")
+        try:
+            folder = local_folder(name, local_files_only=True) if name else None
+            weights = fingerprint_weights(folder) if folder else ""
+        except (LlmrlError, OSError):
+            folder, weights = None, ""
+        local = folder is not None and Path(name).is_dir()
+        where = str(Path(name).resolve()) if local else name if folder else ""
+        commit = None if local or folder is None else folder.name
+        model.switch_base = BaseReference(where, weights, "", "", commit)
+    return model.switch_base  # type: ignore[no-any-return]
+
+
+def read_switch_folder(folder: Path | str) -> SwitchFolder:
+    """Read the description in a local folder.
+
+    Raises:
+        UsageError: no such folder.
+        ModelError: it is no folder of a switch model.
+    """
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise UsageError(f"not found: {folder} (expected the folder of a switch model)")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged ({error})") from error
+    if CONFIG_KEY not in fields:
+        raise ModelError(f"{folder} is no switch model: its config.json has no '{CONFIG_KEY}'; save one with save_pretrained")
+    return SwitchFolder.from_json(fields[CONFIG_KEY], str(path))
+
+
+def load_switch_model(folder: Path | str, *, base: Any = None, **kwargs: Any) -> Any:
+    """Open a folder that `save_pretrained` of a switch model wrote.
+
+    Args:
+        folder: a local folder, or a hub name.
+        base: the base model; None loads the one the folder names.
+        kwargs: for the base's `from_pretrained`: dtype, device_map, attn_implementation.
+
+    Raises:
+        HeadMismatchError: the base's weights are not those the experts were trained on.
+        ModelError: the base is not there, or tensors are missing, unknown or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = local_folder(folder)
+    described = read_switch_folder(folder)
+    reference = described.base
+    if base is None:
+        if not reference.model:
+            raise ModelError(f"{folder} does not name its base (it came from no folder): pass it as base=")
+        kwargs.update(use_safetensors=True, trust_remote_code=False, revision=reference.revision)
+        try:
+            base = AutoModelForCausalLM.from_pretrained(reference.model, **kwargs)
+        except OSError as error:
+            raise ModelError(
+                f"the base model of {folder} cannot be read at {reference.model}: {str(error).splitlines()[0]}\n"
+                f"put it there, or change {CONFIG_KEY}.base.model in {folder / 'config.json'}"
+            ) from error
+        check_base(local_folder(reference.model, revision=reference.revision), reference, folder)
+    model = get_switch_model(base, described.switch)
+    model.switch_base = reference
+    load_switch_tensors(model, read_tensors(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+    return model.eval()
+
+
+def check_base(base_folder: Path | str, reference: BaseReference, folder: Path | str) -> None:
+    """Compare a base's weights with those the experts were trained on.
+
+    Raises:
+        HeadMismatchError: they differ.
+    """
+    if reference.weights and fingerprint_weights(base_folder) != reference.weights:
+        raise HeadMismatchError(
+            f"the experts in {folder} were trained on another base: the weights or the configuration in {base_folder} differ\n"
+            "use the base they were trained on"
+        )
+
+
+@torch.no_grad()
+def load_switch_tensors(model: Any, tensors: Mapping[str, Tensor], where: str = WEIGHTS_FILE) -> None:
+    """Copy experts and router into a switch model; names and shapes must be exactly its own.
+
+    Raises:
+        ModelError: a tensor is missing, unknown, of another shape, or not finite.
+    """
+    own = {n: p for n, p in model.named_parameters() if n in switch_tensors({n: p})}
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors or name not in own:
+            state = "missing from" if name not in tensors else "not expected in"
+            raise ModelError(f"{name} is {state} {where}: its config.json describes another model; save the folder again")
+        if own[name].shape != tensors[name].shape:
+            raise ModelError(
+                f"{name} in {where} has shape {list(tensors[name].shape)}, expected {list(own[name].shape)}: it belongs to "
+                "another base, or to another number or rank of experts"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise ModelError(f"{name} in {where} holds NaN or infinity: train it again")
+        own[name].copy_(tensors[name])
+
+
+__all__ = ["SwitchFolder", "SwitchMixin", "load_switch_model", "read_switch_folder", "save_switch_folder"]

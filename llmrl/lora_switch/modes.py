@@ -1,0 +1,201 @@
+"""Other ways to run the same experts: merged into copies of the weights, or as resident merged copies.
+
+    fused       y = W x + sum of experts, for any batch: what a switch model does without being told otherwise
+    merged      W + experts of ONE route, written by `merge_all` from the clean base whenever the route changes
+    resident    E copies W + expert e, for hard top-1 routing: a switch is another pointer
+    in_place    the paper's subtract-and-add on one copy, a baseline: its rounding errors pile up, see `drift`
+
+The last three compute with one route at a time, so they take over where a forward pass has one: a single new token, a
+pooled prompt of one sequence, or a route that `fix_route` fixed. Every other pass (prefill, batches) is fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmrl.errors import ConfigError, ModelError, did_you_mean
+from llmrl.lora_switch.experts import mixture_weights
+from llmrl.lora_switch.layer import ForwardRoute, SwitchLinear
+from llmrl_kernels.merge_all import MergeItem, MergePlan, subtract_and_add
+
+MODES = ("fused", "merged", "resident", "in_place")
+
+
+def set_switch_mode(model: Any, mode: str) -> None:
+    """Choose how a switch model computes from now on; `model.train()` goes back to "fused".
+
+    "merged" and "in_place" hold one more copy of the adapted weights, "resident" one an expert.
+
+    Raises:
+        ConfigError: no such mode.
+        ModelError: a model in training, or "resident" without hard top-1 routing.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode: {mode!r} is not one of {', '.join(MODES)}{did_you_mean(mode, MODES)}")
+    if model.training:
+        raise ModelError("the model is in training, where experts change: call model.eval() first")
+    fixed = None if model._switch_runner is None else model._switch_runner.fixed
+    _release(model)
+    runners = {"fused": _Fused, "merged": _Merged, "resident": _Resident, "in_place": _InPlace}
+    model._switch_runner = runners[mode](model)
+    model._switch_runner.fix(fixed)
+
+
+def fix_route(model: Any, weights: Sequence[float] | Mapping[int, float] | None) -> None:
+    """Use one mixture of experts for every token instead of asking the router; None asks it again.
+
+    Args:
+        model: a switch model in evaluation.
+        weights: one weight an expert, or weights by expert.
+
+    Raises:
+        ConfigError: an expert that there is not, or another number of weights.
+        ModelError: a model in training.
+    """
+    if model.training:
+        raise ModelError("the model is in training, where its router is learnt: call model.eval() first")
+    if model._switch_runner is None:
+        model._switch_runner = _Fused(model)
+    if weights is None:
+        model._switch_runner.fix(None)
+        return
+    found = mixture_weights(weights, model.switch_config.num_experts)
+    device = model.switch_router.weight.device
+    model._switch_runner.fix(torch.tensor(found, device=device)[None, None])
+
+
+def drift(model: Any) -> float:
+    """Return how far the in-place copies are from base plus the experts of their route: ||error|| / ||W||, over all layers.
+
+    Raises:
+        ModelError: the model does not run in place.
+    """
+    runner = model._switch_runner
+    if not isinstance(runner, _InPlace):
+        raise ModelError("drift is measured in the mode 'in_place': call set_switch_mode(model, 'in_place')")
+    return runner.drift()
+
+
+def merge_items(model: Any, outs: Mapping[str, Tensor]) -> list[MergeItem]:
+    """Return one item a layer with experts, to be merged into `outs` by the layer's name."""
+    return [
+        MergeItem(layer.weight.detach(), outs[name], layer.switch_A.detach(), layer.switch_B.detach())
+        for name, layer in model.switch_layers().items()
+    ]
+
+
+def _release(model: Any) -> None:
+    for layer in model.switch_layers().values():
+        layer.merged_weight = layer.resident_weights = None
+
+
+class _Fused:
+    def __init__(self, model: Any) -> None:
+        self.model, self.fixed = model, None
+        self.layers: dict[str, SwitchLinear] = model.switch_layers()
+
+    def fix(self, gates: Tensor | None) -> None:
+        """Use `[1, 1, E]` for all tokens."""
+        self.fixed = gates
+
+    def decided(self, now: ForwardRoute, states: Tensor) -> None:
+        """Called once a pass, after its route is known and before any layer with experts runs."""
+
+    def single(self, now: ForwardRoute) -> tuple[Tensor, Tensor] | None:
+        """Return ids `[k]` and weights `[k]` where the pass has one route."""
+        if self.fixed is not None:
+            gates = self.fixed.reshape(-1)
+            return torch.arange(len(gates), dtype=torch.int32, device=gates.device), gates
+        if now.route is None or now.route.ids.shape[:-1].numel() != 1:
+            return None
+        return now.route.ids.reshape(-1), now.route.weights.reshape(-1).float()
+
+
+class _Merged(_Fused):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        for layer in self.layers.values():
+            layer.merged_weight = torch.empty_like(layer.weight.detach())
+        self._plans: dict[int, MergePlan] = {}
+        self._last = 0
+
+    def decided(self, now: ForwardRoute, states: Tensor) -> None:
+        """Merge the pass's route where it has one; nothing is written where it is the last one's."""
+        found = self.single(now)
+        if found is None:
+            return
+        count = len(found[0])
+        if count not in self._plans:
+            outs = {name: layer.merged_weight for name, layer in self.layers.items()}
+            items = merge_items(self.model, outs)  # type: ignore[arg-type]
+            self._plans[count] = MergePlan(items, top_k=count, scale=self.model.switch_config.scale)
+        if count != self._last:  # another plan wrote last
+            self._plans[count].invalidate()
+            self._last = count
+        self._plans[count].merge(*found, check=False)
+        now.merged = True
+
+
+class _Resident(_Fused):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        config = model.switch_config
+        if config.gate != "hard" or config.top_k != 1:
+            raise ModelError(
+                f"resident copies hold one expert each: they need gate 'hard' and top_k 1, got '{config.gate}' and {config.top_k}"
+            )
+        for layer in self.layers.values():
+            layer.resident_weights = [torch.empty_like(layer.weight.detach()) for _ in range(config.num_experts)]
+        for expert in range(config.num_experts):
+            outs = {name: layer.resident_weights[expert] for name, layer in self.layers.items()}  # type: ignore[index]
+            MergePlan(merge_items(model, outs), top_k=1, scale=config.scale).merge([expert], [1.0])
+
+    def decided(self, now: ForwardRoute, states: Tensor) -> None:
+        """Point at the copy of the pass's expert; reading its number waits for the device."""
+        found = self.single(now)
+        if found is not None and self.fixed is None:
+            now.resident = int(found[0][0])
+
+
+class _InPlace(_Fused):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        for layer in self.layers.values():
+            layer.merged_weight = layer.weight.detach().clone()
+        self._items = [
+            MergeItem(i.out, i.out, i.A, i.B)
+            for i in merge_items(model, {name: layer.merged_weight for name, layer in self.layers.items()})  # type: ignore[misc]
+        ]
+        self._old: tuple[Tensor, Tensor] | None = None
+
+    def decided(self, now: ForwardRoute, states: Tensor) -> None:
+        """Subtract the last route's experts and add this one's."""
+        found = self.single(now)
+        if found is None:
+            return
+        self._move(found)
+        now.merged = True
+
+    def _move(self, new: tuple[Tensor, Tensor] | None) -> None:
+        old = self._old
+        same = old is not None and new is not None and all(map(torch.equal, old, new))
+        if not same:
+            subtract_and_add(self._items, old, new, scale=self.model.switch_config.scale)
+            self._old = None if new is None else (new[0].clone(), new[1].clone())
+
+    def drift(self) -> float:
+        """Return ||copies - (W + experts)|| / ||W||."""
+        wrong = whole = 0.0
+        outs = {name: torch.empty_like(layer.weight.detach()) for name, layer in self.layers.items()}
+        ids, weights = self._old or (torch.zeros(1, dtype=torch.int32), torch.zeros(1))
+        plan = MergePlan(merge_items(self.model, outs), top_k=len(ids), scale=self.model.switch_config.scale)
+        plan.merge(ids, weights)
+        for name, layer in self.layers.items():
+            assert layer.merged_weight is not None
+            wrong += float((layer.merged_weight.double() - outs[name].double()).square().sum())
+            whole += float(layer.weight.detach().double().square().sum())
+        return float((wrong / whole) ** 0.5)

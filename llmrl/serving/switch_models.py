@@ -1,0 +1,249 @@
+"""vLLM model classes with experts routed per token, made on demand from vLLM's own class of the base architecture.
+
+`LlmrlSwitchXForCausalLM` adds to each linear layer `scale sum_e g_e B_e A_e x`. The route of a step is computed once, where
+the router reads, into a buffer of fixed address that all later layers read: nothing depends on the requests in a batch, so
+mixed routes, chunked prefill, prefix caching and CUDA graphs need no care.
+
+Tensor parallelism: a layer that splits its output splits B and keeps A whole; a layer that splits its input splits A, and
+its partial sums pass gate and B before the all-reduce that is there anyway. Expert sums go in where the base's product
+ends, ahead of that all-reduce.
+
+Run on: CPU, V1 model runner, one process and two. Not run: GPU, the V2 runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm import ModelRegistry
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from llmrl.errors import ModelError
+from llmrl.lora_switch.config import is_routed, layer_number
+from llmrl.lora_switch.folder import ARCHITECTURE_PREFIX, CONFIG_KEY, SwitchFolder, check_base
+from llmrl.lora_switch.pack import PACKED, pack, pad_rank
+from llmrl.lora_switch.router import Router, router_site
+from llmrl.lora_switch.routing import dense_gates
+from llmrl_kernels.routed_lora import routed_expand, routed_shrink
+
+OWN = "llmrl_switch"
+_ENDINGS = (".switch_A", ".switch_B")
+
+
+class SwitchExperts(nn.Module):
+    """The experts of one of vLLM's linear layers, its parts packed: A `[E, n r, in]` and B `[out, E n r]` of this rank."""
+
+    def __init__(self, layer: LinearBase, parts: list[str], described: SwitchFolder, dtype: torch.dtype) -> None:
+        super().__init__()
+        config = described.switch
+        self.parts, self.scale, self.slices = parts, config.scale, output_slices(layer, len(parts))
+        self.input_slice = input_slice(layer)
+        rank = -(-len(parts) * config.r // 16) * 16
+        rows, width = sum(size for _, size in self.slices), self.input_slice[1]
+        self.A = nn.Parameter(torch.zeros(config.num_experts, rank, width, dtype=dtype), requires_grad=False)
+        self.B = nn.Parameter(torch.zeros(rows, config.num_experts * rank, dtype=dtype), requires_grad=False)
+
+    def packed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return this rank's A and B from the tensors of a folder."""
+        start, size = self.input_slice
+        own = []
+        for part, (row, rows) in zip(self.parts, self.slices, strict=True):
+            a, b = (tensors.get(part + ending) for ending in _ENDINGS)
+            own.append(None if a is None or b is None else (a[:, :, start : start + size], b[row : row + rows]))
+        a, b = pad_rank(*pack(own, [rows for _, rows in self.slices]))
+        experts, rank, _ = self.A.shape
+        if a.shape[1] < rank:  # not all parts have experts
+            a, b = pad_rank(a, b, rank)
+        return {"A": a, "B": b}
+
+    def forward(self, x: Tensor, gates: Tensor, out: Tensor) -> Tensor:
+        """Return `out` plus the experts' sum."""
+        rows, result = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+        gated, _ = routed_shrink(rows, self.A, gates[: len(rows)])
+        return routed_expand(gated, self.B, scale=self.scale, base=result).view_as(out)
+
+
+def output_slices(layer: LinearBase, parts: int) -> list[tuple[int, int]]:
+    """Return (first row, rows) that this rank computes of each part's output."""
+    rank, size = layer.tp_rank, layer.tp_size
+    if isinstance(layer, QKVParallelLinear):
+        query = layer.num_heads * layer.head_size
+        key, value = layer.num_kv_heads * layer.head_size, layer.num_kv_heads * layer.v_head_size
+        kv_rank = rank // layer.num_kv_head_replicas
+        return [(rank * query, query), (kv_rank * key, key), (kv_rank * value, value)]
+    if isinstance(layer, RowParallelLinear) or size == 1:
+        whole = getattr(layer, "output_sizes", None) or [layer.output_size]
+        return [(0, rows) for rows in whole]
+    whole = getattr(layer, "output_sizes", None) or [layer.output_size]
+    return [(rank * (rows // size), rows // size) for rows in whole]
+
+
+def input_slice(layer: LinearBase) -> tuple[int, int]:
+    """Return (first column, columns) that this rank reads of the input."""
+    if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+        size = layer.input_size // layer.tp_size
+        return layer.tp_rank * size, size
+    return 0, layer.input_size
+
+
+class SwitchMethod(QuantizeMethodBase):
+    """A layer's own method of computing its product, and the experts' sum behind it."""
+
+    def __init__(self, inner: QuantizeMethodBase, experts: SwitchExperts, gates: Tensor) -> None:
+        self.inner, self.experts, self.gates = inner, experts, gates
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the layer's own."""
+        self.inner.create_weights(*args, **kwargs)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As the layer's own."""
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the layer's product plus the experts'."""
+        return self.experts(x, self.gates, self.inner.apply(layer, x, bias))
+
+
+def _causal_class(base_architecture: str) -> type:
+    base = ModelRegistry.models[base_architecture].load_model_cls()
+
+    class Model(base):  # type: ignore[valid-type, misc]
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+            described = SwitchFolder.from_json(getattr(vllm_config.model_config.hf_config, CONFIG_KEY))
+            _check(vllm_config, described)
+            self.secondary_weights = [_base_source(vllm_config, described)]
+            self.llmrl_switch = _attach(self, vllm_config, described)
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+            own: dict[str, Tensor] = {}
+
+            def rest() -> Iterator[tuple[str, Tensor]]:
+                for name, tensor in weights:
+                    if name.endswith(_ENDINGS) or name.startswith("switch_router."):
+                        own[name] = tensor.clone()  # the iterator may reuse its buffer
+                    else:
+                        yield name, tensor
+
+            loaded = set(super().load_weights(rest()) or ())
+            return loaded | (_load(self.llmrl_switch, own) if own else set())
+
+    return Model
+
+
+def _check(vllm_config: VllmConfig, described: SwitchFolder) -> None:
+    if described.switch.router_input == "prompt_pooled":
+        raise ModelError(
+            "router_input 'prompt_pooled' needs the whole prompt, which vLLM reads in pieces: export the mixture a prompt "
+            "calls for with llmrl.lora_switch.export_mixture and serve it as a LoRA adapter"
+        )
+    if vllm_config.lora_config is not None:
+        raise ModelError("experts and vLLM's own LoRA do not go together: start without --enable-lora")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ModelError("the route is known on the first pipeline stage alone: use --tensor-parallel-size instead")
+
+
+def _base_source(vllm_config: VllmConfig, described: SwitchFolder) -> DefaultModelLoader.Source:
+    folder, reference = vllm_config.model_config.model, described.base
+    base = Path(reference.model)
+    if base.is_dir():  # a hub name is pinned to a commit instead
+        check_base(base, reference, folder)
+    elif base.is_absolute() or not reference.model:
+        raise ModelError(f"the base model of {folder} is not at {base}: put it there, or change {CONFIG_KEY}.base.model")
+    return DefaultModelLoader.Source(
+        model_or_path=reference.model,
+        revision=reference.revision,
+        fall_back_to_pt=False,
+        allow_patterns_overrides=["*.safetensors"],
+    )
+
+
+def _attach(model: nn.Module, vllm_config: VllmConfig, described: SwitchFolder) -> nn.ModuleDict:
+    """Put experts on the layers the folder names; return them by layer, and the router, which fills their gates."""
+    config, model_config = described.switch, vllm_config.model_config
+    device = next(model.parameters()).device
+    rows = vllm_config.scheduler_config.max_num_batched_tokens
+    gates = torch.zeros(rows, config.num_experts, dtype=torch.float32, device=device)
+    packed = {**PACKED, **(getattr(model, "packed_modules_mapping", None) or {})}
+    own = nn.ModuleDict()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LinearBase) or layer_number(name) is None:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        parts = [f"{parent}.{part}" for part in packed.get(leaf, (leaf,))]
+        if not any(is_routed(config, part) and config.targets(part) for part in parts):
+            continue
+        experts = SwitchExperts(layer, parts, described, model_config.dtype).to(device)
+        own[name.replace(".", "-")] = experts
+        layer.quant_method = SwitchMethod(layer.quant_method, experts, gates)
+    router = Router(config, model_config.hf_text_config.hidden_size).requires_grad_(False).to(device).eval()
+    own["router"] = router
+    _watch(model, router, gates, described, model_config.hf_text_config.num_hidden_layers)
+    return own
+
+
+def _watch(model: nn.Module, router: Router, gates: Tensor, described: SwitchFolder, count: int) -> None:
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    site, before = router_site(layers, described.switch)
+
+    def decide(states: Tensor) -> None:
+        gates[: states.shape[0]].copy_(dense_gates(router(states), described.switch.num_experts))
+
+    def reads_input(module: nn.Module, args: Any) -> None:
+        decide(args[0])
+
+    def reads_output(module: nn.Module, args: Any, output: Any) -> None:
+        decide(output[0] if isinstance(output, tuple) else output)  # with the residual beside it from the second layer on
+
+    if before:
+        site.register_forward_pre_hook(reads_input)
+    else:
+        site.register_forward_hook(reads_output)
+
+
+def _load(own: nn.ModuleDict, tensors: dict[str, Tensor]) -> set[str]:
+    """Copy a folder's tensors into the packed parameters; return the names of those.
+
+    Raises:
+        ModelError: a tensor belongs to no layer, or one is missing.
+    """
+    known = {part + ending for m in own.values() if isinstance(m, SwitchExperts) for part in m.parts for ending in _ENDINGS}
+    unknown = sorted(tensors.keys() - known - {"switch_router.weight"})
+    if unknown or "switch_router.weight" not in tensors:
+        what = f"{unknown[0]} belongs to no layer of the base" if unknown else "switch_router.weight is missing"
+        raise ModelError(f"{what}: the folder is damaged or was made for another base, save it again")
+    values = {"router.weight": tensors["switch_router.weight"]}
+    for name, module in own.items():
+        if isinstance(module, SwitchExperts):
+            if not any(part + _ENDINGS[0] in tensors for part in module.parts):
+                raise ModelError(f"{module.parts[0]}{_ENDINGS[0]} is missing: the folder is damaged, save it again")
+            values |= {f"{name}.{key}": value for key, value in module.packed(tensors).items()}
+    parameters = dict(own.named_parameters())
+    for name, value in values.items():
+        parameter = parameters[name]
+        if parameter.shape != value.shape:
+            raise ModelError(
+                f"{name}: the folder gives {list(value.shape)}, this base needs {list(parameter.shape)}: it was made for another"
+            )
+        load = getattr(parameter, "weight_loader", None)
+        load(parameter, value) if load else parameter.data.copy_(value)
+    return {f"{OWN}.{name}" for name in values}
+
+
+def __getattr__(name: str) -> type:
+    """Make and keep the class that vLLM's registry asks for by name."""
+    if not name.startswith(ARCHITECTURE_PREFIX):
+        raise AttributeError(name)
+    made = _causal_class(name.removeprefix(ARCHITECTURE_PREFIX))
+    made.__name__ = made.__qualname__ = name
+    made.__module__ = __name__
+    globals()[name] = made
+    return made
