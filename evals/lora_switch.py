@@ -53,12 +53,14 @@ class Options:
     part: str = option("all", choices=("all", "tune", "compare"), help="what to run")
     model: str = option("examples/tiny_lm", help="the base")
     seeds: int = option(3, help="runs a way")
-    epochs: float = option(2.0, help="passes over the data")
+    epochs: float = option(1.0, help="passes over the data")
 
 
 def one(options: Options, way: str, seed: int, lr: float, files: tuple[Path, Path], epochs: float) -> dict[str, Any]:
     """Train and measure one way, or return what is kept of it."""
-    folder = Path(options.work_dir) / f"{files[1].stem.split('.')[0]}-{way.replace(' ', '-').replace(',', '')}-{lr:g}-{seed}"
+    folder = (
+        Path(options.work_dir) / f"{files[1].stem.split('.')[0]}-{way.replace(' ', '-').replace(',', '')}-{lr:g}-{seed}"
+    )
     kept = folder.with_suffix(".json")
     if not kept.is_file():
         config = TrainConfig(
@@ -100,8 +102,14 @@ def paired(one_way: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[s
     """Return the mean over seeds of the difference of the mean task loss, with a t interval."""
     from scipy import stats
 
-    found = np.array([a["held_out"]["mean"]["nll"] - b["held_out"]["mean"]["nll"] for a, b in zip(one_way, other, strict=True)])
-    half = float(stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5) if len(found) > 1 else float("nan")
+    found = np.array(
+        [a["held_out"]["mean"]["nll"] - b["held_out"]["mean"]["nll"] for a, b in zip(one_way, other, strict=True)]
+    )
+    half = (
+        float(stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5)
+        if len(found) > 1
+        else float("nan")
+    )
     return {"value": float(found.mean()), "low": float(found.mean()) - half, "high": float(found.mean()) + half}
 
 
@@ -114,7 +122,10 @@ def compare(options: Options, rates: dict[str, float]) -> dict[str, Any]:
             report = one(options, way, seed, lr, files, options.epochs)
             runs.setdefault(way, []).append(report)
             tasks = {name: round(task["nll"], 3) for name, task in report["held_out"]["tasks"].items()}
-            print(f"seed {seed} {way}: {report['held_out']['mean']['nll']:.4f} {tasks} {report['seconds']:.0f} s", flush=True)
+            print(
+                f"seed {seed} {way}: {report['held_out']['mean']['nll']:.4f} {tasks} {report['seconds']:.0f} s",
+                flush=True,
+            )
     return runs
 
 

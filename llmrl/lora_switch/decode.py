@@ -59,7 +59,9 @@ class DecodeLoop:
         if hasattr(self.cache, "switch_route"):
             del self.cache.switch_route  # a pooled route belongs to its prompt
         positions = torch.arange(length, device=input_ids.device)[None]
-        logits = self.model(input_ids=input_ids, position_ids=positions, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(
+            input_ids=input_ids, position_ids=positions, past_key_values=self.cache, use_cache=True
+        ).logits
         new = []
         for step in range(max_new_tokens):
             new.append(_next(logits[:, -1].float(), temperature, generator))

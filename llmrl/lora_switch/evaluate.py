@@ -44,7 +44,9 @@ def row_losses(
             more = {"switch_prompt_mask": prompts} if isinstance(model, SwitchMixin) else {}
             logits = model(**batch, **more).logits[:, :-1].float()
             targets = labels[:, 1:]
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
+            losses = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
+            )
             nll[part] = losses.sum(1).double().cpu().numpy()
             tokens[part] = (targets != -100).sum(1).cpu().numpy()
             if chosen is not None:
@@ -116,11 +118,15 @@ def plot_usage(found: dict[str, Any], path: Path) -> None:
 
     names = list(found["tasks"])
     shares = np.array([found["tasks"][name].get("experts", [1.0]) for name in names])
-    figure, axes = pyplot.subplots(figsize=(1.6 + 0.55 * shares.shape[1], 1.4 + 0.45 * len(names)), layout="constrained")
+    figure, axes = pyplot.subplots(
+        figsize=(1.6 + 0.55 * shares.shape[1], 1.4 + 0.45 * len(names)), layout="constrained"
+    )
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=max(float(shares.max()), 2 / shares.shape[1]), aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         dark = share > 0.6 * image.norm.vmax
-        axes.text(column, row, f"{share:.2f}".lstrip("0"), ha="center", va="center", fontsize=8, color="w" if dark else "k")
+        axes.text(
+            column, row, f"{share:.2f}".lstrip("0"), ha="center", va="center", fontsize=8, color="w" if dark else "k"
+        )
     axes.set_yticks(range(len(names)), names)
     axes.set_xticks(range(shares.shape[1]), [str(e) for e in range(shares.shape[1])])
     axes.set_xlabel("expert")

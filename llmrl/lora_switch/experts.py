@@ -42,7 +42,9 @@ def import_experts(model: Any, folders: Sequence[Path | str], **options: Any) ->
     first = read[0]
     for folder, (tensors, rank, _) in zip(folders[1:], read[1:], strict=True):
         if rank != first[1]:
-            raise ModelError(f"experts of different ranks: {folders[0]} has r = {first[1]}, {folder} r = {rank}; train them alike")
+            raise ModelError(
+                f"experts of different ranks: {folders[0]} has r = {first[1]}, {folder} r = {rank}; train them alike"
+            )
         if tensors.keys() != first[0].keys():
             odd = sorted(tensors.keys() ^ first[0].keys())[0]
             raise ModelError(f"experts on different layers: only one of {folders[0]} and {folder} adapts {odd}")
@@ -50,12 +52,14 @@ def import_experts(model: Any, folders: Sequence[Path | str], **options: Any) ->
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     unknown = [name for name in names if name not in linear]
     if unknown:
-        raise ModelError(f"{folders[0]} adapts {unknown[0]}, which this model does not have: it belongs to another base")
+        raise ModelError(
+            f"{folders[0]} adapts {unknown[0]}, which this model does not have: it belongs to another base"
+        )
     for key in ("num_experts", "r", "target_modules", "alpha"):
         if key in options:
             raise ConfigError(f"{key} is what the adapters say: leave it out")
     rank = first[1]
-    fields = {"num_experts": len(read), "r": rank, "alpha": float(rank), "target_modules": tuple(names)}
+    fields: dict[str, Any] = {"num_experts": len(read), "r": rank, "alpha": float(rank), "target_modules": tuple(names)}
     fields["top_k"] = options.pop("top_k", min(2, len(read)))
     made = get_switch_model(model, SwitchConfig(**fields, **options))
     layers = made.switch_layers()
@@ -147,7 +151,9 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], int, 
     if not (folder / _CONFIG).is_file():
         raise ModelError(f"{folder} has no {_CONFIG}: name a folder that peft's save_pretrained wrote")
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    odd = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias") if config.get(key)]
+    odd = [
+        key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias") if config.get(key)
+    ]
     if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
         what = odd[0] if odd else config.get("peft_type")
         raise ModelError(f"{folder}: expected plain LoRA of one rank, this adapter has {what}")
@@ -158,7 +164,11 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], int, 
     for key, tensor in tensors.items():
         name, part = key.removeprefix(_PREFIX).removesuffix(".weight").rsplit(".", 1)
         pairs.setdefault(name, {})[part] = tensor
-    whole = {name: (found["lora_A"], found["lora_B"]) for name, found in pairs.items() if found.keys() == {"lora_A", "lora_B"}}
+    whole = {
+        name: (found["lora_A"], found["lora_B"])
+        for name, found in pairs.items()
+        if found.keys() == {"lora_A", "lora_B"}
+    }
     if len(whole) != len(pairs) or not whole:
         raise ModelError(f"{folder}: expected lora_A and lora_B of linear layers, found other tensors")
     return whole, rank, float(scale)

@@ -54,14 +54,18 @@ class SwitchFolder:
         """
         if not isinstance(value, Mapping) or value.get("format") != FORMAT_VERSION:
             found = value.get("format") if isinstance(value, Mapping) else value
-            raise ModelError(f"{where}: switch format {found!r} is not {FORMAT_VERSION}: install the llmrl that wrote it")
+            raise ModelError(
+                f"{where}: switch format {found!r} is not {FORMAT_VERSION}: install the llmrl that wrote it"
+            )
         try:
             fields = dict(value)
             fields["switch"] = SwitchConfig.from_json(value["switch"])
             fields["base"] = BaseReference(**value["base"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
-            raise ModelError(f"{where}: the switch configuration is damaged ({error}): save the folder again") from error
+            raise ModelError(
+                f"{where}: the switch configuration is damaged ({error}): save the folder again"
+            ) from error
 
 
 def switch_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,7 +86,10 @@ def save_switch_folder(model: Any, folder: Path, state: Mapping[str, Tensor] | N
 
     folder.mkdir(parents=True, exist_ok=True)
     described = SwitchFolder(
-        model.switch_config, base_reference(model), model.config.model_type, type(model).__name__.removeprefix(CLASS_PREFIX)
+        model.switch_config,
+        base_reference(model),
+        model.config.model_type,
+        type(model).__name__.removeprefix(CLASS_PREFIX),
     )
     model.config.save_pretrained(folder)
     path = folder / "config.json"
@@ -133,7 +140,9 @@ def read_switch_folder(folder: Path | str) -> SwitchFolder:
     except ValueError as error:
         raise ModelError(f"{path} is damaged ({error})") from error
     if CONFIG_KEY not in fields:
-        raise ModelError(f"{folder} is no switch model: its config.json has no '{CONFIG_KEY}'; save one with save_pretrained")
+        raise ModelError(
+            f"{folder} is no switch model: its config.json has no '{CONFIG_KEY}'; save one with save_pretrained"
+        )
     return SwitchFolder.from_json(fields[CONFIG_KEY], str(path))
 
 
@@ -196,7 +205,9 @@ def load_switch_tensors(model: Any, tensors: Mapping[str, Tensor], where: str = 
     for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors or name not in own:
             state = "missing from" if name not in tensors else "not expected in"
-            raise ModelError(f"{name} is {state} {where}: its config.json describes another model; save the folder again")
+            raise ModelError(
+                f"{name} is {state} {where}: its config.json describes another model; save the folder again"
+            )
         if own[name].shape != tensors[name].shape:
             raise ModelError(
                 f"{name} in {where} has shape {list(tensors[name].shape)}, expected {list(own[name].shape)}: it belongs to "

@@ -64,7 +64,9 @@ class SwitchMixin:
         trained, total = sum(n for n, on in both if on), sum(n for n, _ in both)
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """As the base's, without reentrant checkpointing, under which the router would get no gradient.
 
         Raises:
@@ -72,7 +74,9 @@ class SwitchMixin:
         """
         options = dict(gradient_checkpointing_kwargs or {})
         if options.get("use_reentrant"):
-            raise ConfigError("use_reentrant=True would leave the router without a gradient: leave it out or set it to False")
+            raise ConfigError(
+                "use_reentrant=True would leave the router without a gradient: leave it out or set it to False"
+            )
         super().gradient_checkpointing_enable({**options, "use_reentrant": False}, **kwargs)  # type: ignore[misc]
 
     def pack_for_inference(self) -> None:
@@ -123,20 +127,19 @@ def get_switch_model(model: Any, config: SwitchConfig) -> Any:
     """
     _check_plain(model)
     layers = decoder_layers(model)
-    targets = _targets(model, config)
     site, before = router_site(layers, config)
+    targets = _targets(model, config)
     slots = [RouteSlot() for _ in layers]
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model.requires_grad_(False)
     for name in targets:
         base = model.get_submodule(name)
         slot = slots[layer_number(name) or 0]
-        made = SwitchLinear(
-            base, config.num_experts, config.r, config.scale, slot, dropout=config.dropout, dtype=dtype
-        )
+        made = SwitchLinear(base, config.num_experts, config.r, config.scale, slot, dropout=config.dropout, dtype=dtype)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, made.train(base.training))
-    model.__class__ = switch_class(type(model))
+    base_class: Any = type(model)
+    model.__class__ = switch_class(base_class)
     model.switch_config, model.switch_base = config, None
     hidden = model.config.get_text_config().hidden_size
     model.switch_router = Router(config, hidden).to(next(model.parameters()).device)
@@ -146,18 +149,21 @@ def get_switch_model(model: Any, config: SwitchConfig) -> Any:
 
 
 @functools.cache
-def switch_class(base: type) -> type:
+def switch_class(base: Any) -> Any:
     """Return the subclass `SwitchX` of a causal LM's class X."""
-    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())  # type: ignore[attr-defined]
+    parameters = inspect.signature(base.forward).parameters  # type: ignore[attr-defined]
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, switch_prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        now = self._switch_now = _begin(self, kwargs, switch_prompt_mask)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        now = self._switch_now = _begin(self, given, switch_prompt_mask)
         travelling = {ROUTE_ARGUMENT: now} if takes_more else {}
         out = base.forward(self, *args, **kwargs, **travelling)  # type: ignore[attr-defined]
         loss = getattr(out, "loss", None)
         if loss is not None and self.training and self.switch_config.balance_coef and now.route is not None:
-            out.loss = loss + self.switch_config.balance_coef * _balance(now, kwargs)
+            out.loss = loss + self.switch_config.balance_coef * _balance(now, given)
         return out
 
     body = {"__module__": __name__, "__doc__": f"{base.__name__} with routed experts.", "forward": forward}
@@ -231,14 +237,14 @@ def _watch(model: Any, layers: nn.ModuleList, slots: list[RouteSlot], site: nn.M
         site.register_forward_hook(reads_output)
 
 
-def _begin(model: Any, kwargs: dict[str, Any], prompt_mask: Tensor | None) -> ForwardRoute:
+def _begin(model: Any, given: dict[str, Any], prompt_mask: Tensor | None) -> ForwardRoute:
     """Return the route to be filled, with the prompt's mask where the router pools over it."""
     now = ForwardRoute(off=model._switch_off)
     if model.switch_config.router_input != "prompt_pooled":
         return now
-    now.cache = kwargs.get("past_key_values")
-    labels, attention = kwargs.get("labels"), kwargs.get("attention_mask")
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    now.cache = given.get("past_key_values")
+    labels, attention = given.get("labels"), given.get("attention_mask")
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     kept = None
     if isinstance(attention, Tensor) and attention.dim() == 2 and tokens is not None:
         kept = attention[:, -tokens.shape[1] :].bool()
@@ -280,13 +286,13 @@ def _decide(model: Any, now: ForwardRoute | None, states: Tensor) -> None:
         runner.decided(now, states)
 
 
-def _balance(now: ForwardRoute, kwargs: dict[str, Any]) -> Tensor:
+def _balance(now: ForwardRoute, given: dict[str, Any]) -> Tensor:
     """Return the balance loss of this pass, weighted as its part of a batch that is summed over several passes."""
-    attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+    attention, labels = given.get("attention_mask"), given.get("labels")
     assert now.route is not None
     same = isinstance(attention, Tensor) and attention.shape == now.route.probs.shape[:-1]
     loss = balance_loss(now.route, attention if same else None)
-    items = kwargs.get("num_items_in_batch")
+    items = given.get("num_items_in_batch")
     if items is None or labels is None:
         return loss
     return loss * (labels[..., 1:] != _IGNORED).sum() / items

@@ -61,7 +61,9 @@ def model_class_for(architecture: str) -> Any:
         )
     base_config = base.config_class
     name = ARCHITECTURE_PREFIX + base_config.__name__
-    config_class = type(name, (_SwitchConfigMixin, base_config), {"__module__": __name__, "__doc__": base_config.__doc__})
+    config_class = type(
+        name, (_SwitchConfigMixin, base_config), {"__module__": __name__, "__doc__": base_config.__doc__}
+    )
     opener = {
         "__module__": __name__,
         "__doc__": f"Opens folders of switch models on {architecture}.",

@@ -146,7 +146,7 @@ class _Resident(_Fused):
         config = model.switch_config
         if config.gate != "hard" or config.top_k != 1:
             raise ModelError(
-                f"resident copies hold one expert each: they need gate 'hard' and top_k 1, got '{config.gate}' and {config.top_k}"
+                f"a resident copy holds one expert: expected gate 'hard' and top_k 1, got '{config.gate}' and {config.top_k}"
             )
         for layer in self.layers.values():
             layer.resident_weights = [torch.empty_like(layer.weight.detach()) for _ in range(config.num_experts)]

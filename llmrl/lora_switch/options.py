@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from llmrl.config import check_least, option
 from llmrl.lora_switch.config import ALL_LINEAR, GATES, ROUTER_INPUTS, SwitchConfig
@@ -61,9 +62,11 @@ class TrainConfig:
         """Return the experts and the router that are asked for."""
         names = self.target_modules
         targets = ALL_LINEAR if names == [ALL_LINEAR] else tuple(names)
-        return SwitchConfig(num_experts=self.num_experts, r=self.r, alpha=self.alpha, target_modules=targets, **self.routing())
+        return SwitchConfig(
+            num_experts=self.num_experts, r=self.r, alpha=self.alpha, target_modules=targets, **self.routing()
+        )
 
-    def routing(self) -> dict[str, object]:
+    def routing(self) -> dict[str, Any]:
         """Return the fields of a SwitchConfig that do not say what the experts are."""
         names = ("router_input", "router_layer", "top_k", "gate", "balance_coef", "router_noise", "dropout")
         return {name: getattr(self, name) for name in names}

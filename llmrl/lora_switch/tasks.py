@@ -46,7 +46,9 @@ def read_rows(paths: Sequence[str | Path]) -> list[Row]:
                 raise DataError(f"{where}: the completion is empty; expected text to learn")
             rows.append(row)
     if not rows:
-        raise DataError(f"{', '.join(map(str, paths))}: no rows; expected one JSON object with prompt and completion a line")
+        raise DataError(
+            f"{', '.join(map(str, paths))}: no rows; expected one JSON object with prompt and completion a line"
+        )
     return rows
 
 

@@ -40,12 +40,13 @@ class SwitchTrainer(WholeBatchTrainer, Trainer):
     """Trainer with a learning rate of its own for the router."""
 
     router_lr: float | None = None
+    optimizer: Any
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, with the router in a group of its own."""
         if self.optimizer is None and self.router_lr is not None:
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            groups = [
+            groups: list[dict[str, Any]] = [
                 {"params": [p for n, p in trained if not n.startswith("switch_router.")]},
                 {"params": [p for n, p in trained if n.startswith("switch_router.")], "lr": self.router_lr},
             ]
@@ -133,7 +134,10 @@ def _trainer(config: TrainConfig, base: Any, rows: list[EncodedRow], work_dir: P
     )
     trainer.router_lr = config.router_lr
     text = json.dumps([[row.ids, row.prompt] for row in rows])
-    trainer.run_facts = {"switch": model.switch_config.to_json(), "data": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    trainer.run_facts = {
+        "switch": model.switch_config.to_json(),
+        "data": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
     return trainer
 
 
@@ -192,7 +196,7 @@ def _write(
         staging,
         title=name,
         base_model=config.model,
-        summary=f"{switch.num_experts} LoRA experts of rank {switch.r}, {switch.top_k} a token, routed by {switch.router_input}.",
+        summary=f"{switch.num_experts} LoRA experts of rank {switch.r}, {switch.top_k} a token, by {switch.router_input}.",
         body=body,
         tags=["lora", "mixture-of-experts"],
     )

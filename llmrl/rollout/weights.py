@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from llmrl.errors import ModelError
+from llmrl_kernels.backends import KERNEL_DTYPES
+from llmrl_kernels.merge_all import MergeItem, MergePlan
 
 
 def disk_weights(model: Any) -> dict[str, Tensor]:
@@ -76,10 +78,14 @@ def _check_plain_lora(model: Any) -> None:
 
 @torch.no_grad()
 def _merged_layers(model: Any) -> dict[str, Tensor]:
-    """Return W + BA for each adapted layer, in float32 for the sum and the layer's dtype for the result."""
+    """Return W + BA for each adapted layer: summed in float32, rounded once, written beside W.
+
+    All linear layers of a kind are one launch of `llmrl_kernels.merge_all`.
+    """
     from peft.tuners.lora import LoraLayer
 
-    merged = {}
+    merged: dict[str, Tensor] = {}
+    items: dict[Any, dict[str, MergeItem]] = {}
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             if hasattr(layer, "modules_to_save"):
@@ -87,10 +93,29 @@ def _merged_layers(model: Any) -> dict[str, Tensor]:
             continue
         if layer.merged:
             raise ModelError(f"{name} has its adapter merged in place: call unmerge_adapter() before an update")
-        weight = layer.get_base_layer().weight
+        weight = layer.get_base_layer().weight.detach()
+        item = _merge_item(layer, weight)
+        if item is not None:
+            kind = (weight.dtype, weight.device)
+            items.setdefault(kind, {})[f"{name}.weight"] = item
+            continue
         total = weight.float()
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
                 total = total + layer.get_delta_weight(adapter).float()
         merged[f"{name}.weight"] = total.to(weight.dtype)
+    for found in items.values():
+        MergePlan(list(found.values()), top_k=1, scale=1.0).merge([0], [1.0])
+        merged |= {name: item.out for name, item in found.items()}
     return merged
+
+
+def _merge_item(layer: Any, weight: Tensor) -> MergeItem | None:
+    """Return a linear layer's active adapters as one expert; None for another kind of layer, or without an adapter."""
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    plain = isinstance(layer.get_base_layer(), torch.nn.Linear) and weight.dtype in KERNEL_DTYPES
+    if not active or not plain or not weight.is_contiguous():
+        return None
+    a = torch.cat([layer.lora_A[adapter].weight.detach().float() for adapter in active])
+    b = torch.cat([layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter] for adapter in active], 1)
+    return MergeItem(weight, torch.empty_like(weight), a[None].contiguous(), b.contiguous())

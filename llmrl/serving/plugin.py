@@ -1,8 +1,9 @@
 """The entry point vLLM calls in every one of its processes (group `vllm.general_plugins`).
 
 For each causal LM that vLLM knows, `XForCausalLM`, three more are registered by name: `LlmrlXForCausalLM` (heads on logits),
-`LlmrlXForSequenceClassification` (heads on pooled states) and `LlmrlSwitchXForCausalLM` (experts routed per token). Nothing is imported until one of them is asked for. Every
-process also learns the weight transfer of the rollout engine, and the CPU build what it takes to mend it.
+`LlmrlXForSequenceClassification` (heads on pooled states) and `LlmrlSwitchXForCausalLM` (experts routed per token).
+Nothing is imported until one of them is asked for. Every process also learns the weight transfer of the rollout engine, and
+the CPU build what it takes to mend it.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class SwitchExperts(nn.Module):
             a, b = (tensors.get(part + ending) for ending in _ENDINGS)
             own.append(None if a is None or b is None else (a[:, :, start : start + size], b[row : row + rows]))
         a, b = pad_rank(*pack(own, [rows for _, rows in self.slices]))
-        experts, rank, _ = self.A.shape
+        rank = self.A.shape[1]
         if a.shape[1] < rank:  # not all parts have experts
             a, b = pad_rank(a, b, rank)
         return {"A": a, "B": b}
@@ -157,7 +157,9 @@ def _base_source(vllm_config: VllmConfig, described: SwitchFolder) -> DefaultMod
     if base.is_dir():  # a hub name is pinned to a commit instead
         check_base(base, reference, folder)
     elif base.is_absolute() or not reference.model:
-        raise ModelError(f"the base model of {folder} is not at {base}: put it there, or change {CONFIG_KEY}.base.model")
+        raise ModelError(
+            f"the base model of {folder} is not at {base}: put it there, or change {CONFIG_KEY}.base.model"
+        )
     return DefaultModelLoader.Source(
         model_or_path=reference.model,
         revision=reference.revision,
@@ -201,7 +203,9 @@ def _watch(model: nn.Module, router: Router, gates: Tensor, described: SwitchFol
         decide(args[0])
 
     def reads_output(module: nn.Module, args: Any, output: Any) -> None:
-        decide(output[0] if isinstance(output, tuple) else output)  # with the residual beside it from the second layer on
+        decide(
+            output[0] if isinstance(output, tuple) else output
+        )  # with the residual beside it from the second layer on
 
     if before:
         site.register_forward_pre_hook(reads_input)
@@ -215,7 +219,9 @@ def _load(own: nn.ModuleDict, tensors: dict[str, Tensor]) -> set[str]:
     Raises:
         ModelError: a tensor belongs to no layer, or one is missing.
     """
-    known = {part + ending for m in own.values() if isinstance(m, SwitchExperts) for part in m.parts for ending in _ENDINGS}
+    known = {
+        part + ending for m in own.values() if isinstance(m, SwitchExperts) for part in m.parts for ending in _ENDINGS
+    }
     unknown = sorted(tensors.keys() - known - {"switch_router.weight"})
     if unknown or "switch_router.weight" not in tensors:
         what = f"{unknown[0]} belongs to no layer of the base" if unknown else "switch_router.weight is missing"
@@ -231,7 +237,7 @@ def _load(own: nn.ModuleDict, tensors: dict[str, Tensor]) -> set[str]:
         parameter = parameters[name]
         if parameter.shape != value.shape:
             raise ModelError(
-                f"{name}: the folder gives {list(value.shape)}, this base needs {list(parameter.shape)}: it was made for another"
+                f"{name}: the folder gives {list(value.shape)}, this base needs {list(parameter.shape)}: it is another's"
             )
         load = getattr(parameter, "weight_loader", None)
         load(parameter, value) if load else parameter.data.copy_(value)

@@ -1,0 +1,134 @@
+"""Every run mode gives what fused gives; merging out of place never drifts, in place it does."""
+
+import pytest
+import torch
+from switch_models import prompt, switch_model
+
+from llmrl.errors import ConfigError, ModelError
+from llmrl.lora_switch import fix_route, set_switch_mode
+from llmrl.lora_switch.decode import DecodeLoop
+from llmrl.lora_switch.modes import drift
+
+HARD = {"gate": "hard", "top_k": 1}
+
+
+@pytest.mark.parametrize("router", ["embedding", "layer0_mlp", "prompt_pooled"])
+@pytest.mark.parametrize("mode", ["merged", "in_place", "resident"])
+def test_modes_agree_token_by_token(mode, router):
+    model = switch_model(router_input=router, **(HARD if mode == "resident" else {}))
+    ids, expected = prompt(1), []
+    with torch.no_grad():
+        first = model(ids, use_cache=True)
+        cache = first.past_key_values
+        for token in range(20, 32):
+            expected.append(model(torch.tensor([[token]]), past_key_values=cache).logits)
+        set_switch_mode(model, mode)
+        first = model(ids, use_cache=True)
+        cache = first.past_key_values
+        for token, logits in zip(range(20, 32), expected, strict=True):
+            found = model(torch.tensor([[token]]), past_key_values=cache).logits
+            torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+            now = model._switch_now
+            assert now.resident is not None if mode == "resident" else now.merged
+
+
+def test_a_batch_of_routes_is_fused():
+    model = switch_model()
+    expected = model(prompt()).logits
+    set_switch_mode(model, "merged")
+    assert torch.equal(model(prompt()).logits, expected)
+    assert not model._switch_now.merged
+
+
+@pytest.mark.parametrize("mode", ["fused", "merged", "in_place"])
+def test_a_fixed_route_holds_for_any_batch(mode):
+    model = switch_model()
+    weights = [0.5, 0.0, 0.3, 0.2]
+    fix_route(model, weights)
+    expected = model(prompt()).logits
+    set_switch_mode(model, mode)
+    torch.testing.assert_close(model(prompt()).logits, expected, rtol=1e-4, atol=1e-4)
+    assert model._switch_now.merged == (mode != "fused")
+    fix_route(model, None)
+    free = model(prompt()).logits
+    assert (free - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+def walk(model, steps, seed=0):
+    tokens = torch.randint(3, 128, (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
+    for token in tokens:
+        model(torch.tensor([[token]]))
+
+
+def test_merging_out_of_place_never_drifts_and_in_place_does():
+    model = switch_model(dtype=torch.bfloat16, spread=0.02)
+    set_switch_mode(model, "merged")
+    walk(model, 40)
+    fix_route(model, [0.0] * 4)
+    walk(model, 1)
+    for layer in model.switch_layers().values():
+        assert torch.equal(layer.merged_weight.view(torch.int16), layer.weight.view(torch.int16))
+    fix_route(model, None)
+    set_switch_mode(model, "in_place")
+    walk(model, 2)
+    early = drift(model)
+    walk(model, 40)
+    assert drift(model) > max(2 * early, 1e-3)
+    set_switch_mode(model, "merged")
+    with pytest.raises(ModelError, match="drift is measured in the mode 'in_place'"):
+        drift(model)
+
+
+def test_training_goes_back_to_fused():
+    model = switch_model()
+    set_switch_mode(model, "merged")
+    model.train()
+    assert model._switch_runner is None
+    with pytest.raises(ModelError, match=r"call model.eval\(\) first"):
+        set_switch_mode(model, "merged")
+    with pytest.raises(ModelError, match=r"call model.eval\(\) first"):
+        fix_route(model, [1.0, 0.0, 0.0, 0.0])
+
+
+def test_modes_that_cannot_be():
+    with pytest.raises(ConfigError, match="did you mean 'merged'"):
+        set_switch_mode(switch_model(), "mergd")
+    with pytest.raises(ModelError, match="expected gate 'hard' and top_k 1, got 'softmax' and 2"):
+        set_switch_mode(switch_model(), "resident")
+
+
+@pytest.mark.parametrize("router", ["embedding", "layer0_mlp", "layer_k", "prompt_pooled"])
+def test_generate_and_the_decode_loop_agree(router):
+    model = switch_model(router_input=router)
+    ids = prompt(2)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **options)[:, 9:]
+    assert torch.equal(model.generate(ids, **options, cache_implementation="static")[:, 9:], expected)
+    loop = DecodeLoop(model, 24, 2)
+    assert torch.equal(loop.generate(ids, 12), expected)
+    other = prompt(2, seed=8)
+    assert not torch.equal(loop.generate(other, 12), expected)
+    assert torch.equal(loop.generate(ids, 12), expected)  # nothing is left of the prompt in between
+
+
+def test_decode_loop_samples_by_seed():
+    model, ids = switch_model(), prompt(2)
+    loop = DecodeLoop(model, 24, 2)
+    one = loop.generate(ids, 12, temperature=1.0, seed=1)
+    assert torch.equal(loop.generate(ids, 12, temperature=1.0, seed=1), one)
+    assert not torch.equal(loop.generate(ids, 12, temperature=1.0, seed=2), one)
+
+
+def test_decode_loop_refuses_what_it_does_not_hold():
+    from llmrl.errors import UsageError
+
+    loop = DecodeLoop(switch_model(), 16, 1)
+    with pytest.raises(UsageError, match=r"holds 1 rows of 16 tokens, asked for 2 of 9 \+ 3"):
+        loop.generate(prompt(2), 3)
+    with pytest.raises(UsageError, match=r"asked for 1 of 9 \+ 8"):
+        loop.generate(prompt(1), 8)
+    resident = switch_model(**HARD)
+    set_switch_mode(resident, "resident")
+    with pytest.raises(ModelError, match="the mode resident reads its route on the host"):
+        DecodeLoop(resident, 16, graph=True)

@@ -1,0 +1,126 @@
+"""Routes, gates and the balance loss against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from llmrl.lora_switch.pack import pack, pad_rank
+from llmrl.lora_switch.routing import balance_loss, choose, dense_gates, pooled, usage
+
+
+def test_softmax_weights_are_renormalised():
+    route = choose(torch.tensor([[0.0, math.log(3.0), math.log(9.0)]]), 2)
+    assert route.ids.tolist() == [[2, 1]]
+    assert route.ids.dtype == torch.int32
+    torch.testing.assert_close(route.weights, torch.tensor([[0.75, 0.25]]))
+    torch.testing.assert_close(route.probs, torch.tensor([[1.0, 3.0, 9.0]]) / 13)
+    torch.testing.assert_close(dense_gates(route, 3), torch.tensor([[0.0, 0.25, 0.75]]))
+
+
+def test_equal_logits_take_the_lower_numbers():
+    route = choose(torch.zeros(3, 5), 2)
+    assert route.ids.tolist() == [[0, 1]] * 3
+    assert choose(torch.tensor([[1.0, 2.0, 2.0, 1.0]]), 3).ids.tolist() == [[1, 2, 0]]
+
+
+def test_hard_weights_are_even_and_carry_the_softmax_gradient():
+    logits = torch.tensor([[0.3, -0.2, 1.0]], dtype=torch.float64, requires_grad=True)
+    route = choose(logits, 1, "hard")
+    assert route.weights.tolist() == [[1.0]]
+    (gradient,) = torch.autograd.grad(route.weights.sum(), logits)
+    p = logits.detach().softmax(-1)[0]
+    expected = p[2] * (torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64) - p)
+    torch.testing.assert_close(gradient[0], expected)
+    torch.testing.assert_close(choose(logits, 2, "hard").weights, torch.full((1, 2), 0.5, dtype=torch.float64))
+
+
+def test_gradient_reaches_the_chosen_logits_alone():
+    logits = torch.tensor([[0.3, -0.2, 1.0, 0.9]], requires_grad=True)
+    dense_gates(choose(logits, 2), 4)[0, 2].backward()
+    assert (logits.grad[0] != 0).tolist() == [False, False, True, True]
+
+
+def test_balance_loss_is_1_when_even_and_E_when_one_takes_all():
+    even = choose(torch.eye(4) * 50, 1)
+    assert float(balance_loss(even)) == pytest.approx(1.0)
+    one = choose(torch.tensor([[50.0, 0.0, 0.0, 0.0]] * 6), 1)
+    assert float(balance_loss(one)) == pytest.approx(4.0)
+
+
+def test_balance_loss_by_hand_and_its_gradient():
+    logits = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    route = choose(logits, 1)
+    p = logits.detach().softmax(-1).mean(0)
+    loss = balance_loss(route)
+    assert float(loss) == pytest.approx(float(2 * (2 / 3 * p[0] + 1 / 3 * p[1])))
+    loss.backward()
+    # expert 0 has too much: its logit is to fall everywhere
+    assert (logits.grad[:, 0] > 0).all()
+
+
+def test_balance_loss_counts_the_tokens_of_the_mask():
+    logits = torch.tensor([[[5.0, 0.0], [0.0, 5.0], [9.0, 0.0]]])
+    mask = torch.tensor([[1, 1, 0]])
+    torch.testing.assert_close(balance_loss(choose(logits, 1), mask), balance_loss(choose(logits[:, :2], 1)))
+    assert float(balance_loss(choose(logits, 1), torch.zeros_like(mask))) == 0.0
+
+
+def test_usage_counts_choices():
+    route = choose(torch.tensor([[[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]]]), 2)
+    assert usage(route, 3).tolist() == [1, 2, 1]
+    assert usage(route, 3, torch.tensor([[1, 0]])).tolist() == [1, 1, 0]
+
+
+def test_pooled_is_the_mean_of_what_the_mask_holds():
+    states = torch.arange(12.0).view(1, 4, 3).to(torch.bfloat16)
+    found = pooled(states, torch.tensor([[1, 1, 0, 0]]))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[1.5, 2.5, 3.5]]
+    assert pooled(states, torch.zeros(1, 4)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def random_part(out, experts=3, rank=2, width=5):
+    return torch.randn(experts, rank, width), torch.randn(out, experts * rank)
+
+
+def lora(x, a, b, gates):
+    """sum_e g_e B_e A_e x, expert by expert."""
+    experts, rank, _ = a.shape
+    return sum(gates[:, e, None] * (x @ a[e].T) @ b[:, e * rank : (e + 1) * rank].T for e in range(experts))
+
+
+def test_pack_computes_the_parts_side_by_side():
+    torch.manual_seed(0)
+    parts = [random_part(4), random_part(2), random_part(3)]
+    x, gates = torch.randn(7, 5), torch.rand(7, 3)
+    expected = torch.cat([lora(x, a, b, gates) for a, b in parts], 1)
+    a, b = pack(parts)
+    assert a.shape == (3, 6, 5)
+    assert b.shape == (9, 18)
+    torch.testing.assert_close(lora(x, a, b, gates), expected)
+    a, b = pad_rank(a, b)
+    assert a.shape == (3, 16, 5)
+    torch.testing.assert_close(lora(x, a, b, gates), expected)
+
+
+def test_pack_leaves_rows_of_zeros_for_a_part_without_experts():
+    torch.manual_seed(0)
+    part = random_part(4)
+    x, gates = torch.randn(7, 5), torch.rand(7, 3)
+    a, b = pack([None, part], [2, 4])
+    found = lora(x, a, b, gates)
+    assert (found[:, :2] == 0).all()
+    torch.testing.assert_close(found[:, 2:], lora(x, *part, gates))
+
+
+def test_pack_refuses_parts_that_do_not_fit():
+    with pytest.raises(ValueError, match="at least one part"):
+        pack([None], [3])
+    with pytest.raises(ValueError, match=r"expected parts with A \[3, 2, 5\]"):
+        pack([random_part(4), random_part(4, rank=3)])
+
+
+def test_pad_rank_leaves_a_rank_that_fits():
+    a, b = random_part(4, rank=16)
+    assert pad_rank(a, b)[0] is a
