@@ -12,7 +12,7 @@ import gzip
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from llmrl.training.run import environment
 
 DATA = Path("recipes/lora_switch/data")
 RATES = (1e-3, 3e-3)
-TUNED = ("lora 8", "lora 32", "embedding")  # each stands for the ways like it
+TUNED = {"lora 8": ("lora 8", "lora 32"), "embedding": ()}  # and the ways like it; experts are the rest
 EXPERTS: dict[str, Any] = {"num_experts": 8, "r": 4, "top_k": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "lora 8": {"num_experts": 1, "r": 8, "top_k": 1, "balance_coef": 0.0},  # as many ranks as are active
@@ -42,6 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "embedding, no balance": {**EXPERTS, "balance_coef": 0.0},
     "layer0_mlp, hard top-1": {**EXPERTS, "router_input": "layer0_mlp", "gate": "hard", "top_k": 1},
 }
+ABLATIONS = ("embedding, no balance", "layer0_mlp, hard top-1")
 
 
 @dataclass
@@ -53,18 +54,23 @@ class Options:
     part: str = option("all", choices=("all", "tune", "compare"), help="what to run")
     model: str = option("examples/tiny_lm", help="the base")
     seeds: int = option(3, help="runs a way")
-    epochs: float = option(1.0, help="passes over the data")
+    ablation_seeds: int = option(1, help="of the last two ways")
+    batch_size: int = option(8, help="rows a step")
+    max_length: int = option(192, help="longer rows are left out and counted")
+    epochs: float = option(0.5, help="passes over the data")
 
 
 def one(options: Options, way: str, seed: int, lr: float, files: tuple[Path, Path], epochs: float) -> dict[str, Any]:
     """Train and measure one way, or return what is kept of it."""
     folder = (
-        Path(options.work_dir) / f"{files[1].stem.split('.')[0]}-{way.replace(' ', '-').replace(',', '')}-{lr:g}-{seed}"
+        Path(options.work_dir)
+        / f"{Path(options.model).name}-{files[1].stem.split('.')[0]}-{way.replace(' ', '-').replace(',', '')}-{lr:g}-{seed}"
     )
-    kept = folder.with_suffix(".json")
+    kept = Path(f"{folder}.json")
     if not kept.is_file():
         config = TrainConfig(
-            model=options.model, data=[str(files[0])], test_data=[str(files[1])], output_dir=str(folder), max_length=192,
+            model=options.model, data=[str(files[0])], test_data=[str(files[1])], output_dir=str(folder),
+            max_length=options.max_length, batch_size=options.batch_size,
             epochs=epochs, lr=lr, seed=seed, overwrite=True, quiet=True, save_steps=10_000, **WAYS[way],
         )  # fmt: skip
         report = train(config)
@@ -74,7 +80,7 @@ def one(options: Options, way: str, seed: int, lr: float, files: tuple[Path, Pat
 
 
 def tune(options: Options) -> dict[str, float]:
-    """Return the learning rate of each kind of way, by the loss of a tenth of the training rows after one pass."""
+    """Return the learning rate of each kind of way, by the loss of a tenth of the training rows."""
     rows = [json.loads(line) for line in gzip.decompress((DATA / "train.jsonl.gz").read_bytes()).decode().splitlines()]
     folder = Path(options.work_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +89,7 @@ def tune(options: Options) -> dict[str, float]:
         path.write_text("".join(json.dumps(row) + "\n" for i, row in enumerate(rows) if (i % 10 == 0) == wanted))
     chosen = {}
     for way in TUNED:
-        losses = {lr: one(options, way, 9, lr, files, 1.0)["held_out"]["mean"]["nll"] for lr in RATES}
+        losses = {lr: one(options, way, 9, lr, files, options.epochs)["held_out"]["mean"]["nll"] for lr in RATES}
         print("tune", way, {lr: round(nll, 4) for lr, nll in losses.items()}, flush=True)
         chosen[way] = min(losses, key=losses.__getitem__)
     return chosen
@@ -94,7 +100,7 @@ def base_losses(options: Options) -> dict[str, Any]:
     from llmrl.base_model import load_base
 
     base = load_base(options.model, dtype="float32")
-    rows, _ = encode(read_rows([DATA / "test.jsonl.gz"]), base.tokenizer, 192)
+    rows, _ = encode(read_rows([DATA / "test.jsonl.gz"]), base.tokenizer, options.max_length)
     return evaluate_model(base.model, rows)
 
 
@@ -102,6 +108,7 @@ def paired(one_way: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[s
     """Return the mean over seeds of the difference of the mean task loss, with a t interval."""
     from scipy import stats
 
+    one_way, other = one_way[: len(other)], other[: len(one_way)]
     found = np.array(
         [a["held_out"]["mean"]["nll"] - b["held_out"]["mean"]["nll"] for a, b in zip(one_way, other, strict=True)]
     )
@@ -118,7 +125,9 @@ def compare(options: Options, rates: dict[str, float]) -> dict[str, Any]:
     files, runs = (DATA / "train.jsonl.gz", DATA / "test.jsonl.gz"), {}
     for seed in range(options.seeds):
         for way in WAYS:
-            lr = rates[way if way in rates else "embedding"]
+            if seed >= options.ablation_seeds and way in ABLATIONS:
+                continue
+            lr = rates["lora 8" if way in TUNED["lora 8"] else "embedding"]
             report = one(options, way, seed, lr, files, options.epochs)
             runs.setdefault(way, []).append(report)
             tasks = {name: round(task["nll"], 3) for name, task in report["held_out"]["tasks"].items()}
@@ -141,9 +150,9 @@ def main(argv: list[str]) -> int:
         for report in reports:
             report["held_out"].pop("rows")
     result = {
-        "command": "python evals/lora_switch.py --output_dir evals/results",
+        "command": f"python evals/lora_switch.py --model {options.model} --output_dir evals/results",
         "environment": environment(),
-        "options": {"epochs": options.epochs, "rates": rates, "ways": WAYS},
+        "options": {**asdict(options), "rates": rates, "ways": WAYS},
         "base": {k: v for k, v in base_losses(options).items() if k != "rows"},
         "runs": runs,
         "against": {
@@ -151,7 +160,7 @@ def main(argv: list[str]) -> int:
             for baseline in ("lora 8", "lora 32")
         },
     }
-    write_json(Path(options.output_dir) / "lora-switch.json", result)
+    write_json(Path(options.output_dir) / f"lora-switch-{Path(options.model).name}.json", result)
     return EXIT_DONE
 
 
