@@ -1,0 +1,237 @@
+"""A mixture of E low-rank experts over one linear layer, as ONE adapter of rank E*r with a gate in its middle.
+
+    h = x A^T,   u_e = g_e h_e,   y = base + scale * u B^T        A [E, r, in],  B [out, E*r],  gates g [T, E]
+
+Column e*r + j of B, of h and of u belongs to rank j of expert e. Every token meets every expert, and a gate of zero leaves one
+out: no sort, no gather, fixed shapes, so that it trains and is captured in a CUDA graph. Above E*r of about 256 the
+forms in `routed_gathered.py`, which read the chosen experts alone, have less to compute.
+
+Sums are taken in float32 (float64 for float64), the gate is applied there, and u and y are rounded once, to the dtype of x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llmrl_kernels.backends import (
+    expect_alike,
+    expect_device,
+    expect_no_gradient,
+    expect_rank,
+    expect_shape,
+    sum_dtype,
+    use_triton,
+)
+
+
+def routed_lora(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gates: Tensor,
+    scale: float,
+    *,
+    base: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return base + scale * sum_e g_e B_e A_e x, with gradients to x, A, B, gates and base.
+
+    The backward pass keeps x and h `[T, E*r]`, never a product of B and A; its products are plain matrix products of
+    fixed shapes, left to torch (cuBLAS), which a kernel would not beat. Under `torch.autocast` x, A, B and base are cast
+    to autocast's dtype, but for float64. A gate of zero keeps a NaN in A of its expert out of the output; not one in B.
+
+    Args:
+        x: `[..., in]`, float32, bfloat16, float16 or float64 (float64 in plain torch only).
+        A: `[E, r, in]` in x's dtype.
+        B: `[out, E*r]` in x's dtype.
+        gates: `[..., E]` float32 (or float64 beside a float64 x), zero where an expert is not chosen.
+        scale: factor of the whole mixture.
+        base: `[..., out]` in x's dtype, the output of the linear layer; None is 0.
+        backend: "auto" is the Triton kernel on a GPU and plain torch elsewhere; "torch" or "triton" insists.
+
+    Returns:
+        `[..., out]` in x's dtype.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or the backend cannot run.
+        TypeError: dtypes do not fit.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        x, A, B, gates = x.to(dtype), A.to(dtype), B.to(dtype), gates.float()
+        base = None if base is None else base.to(dtype)
+    _check_down(x, A, gates)
+    expect_alike("x", x, B=B, base=base)
+    _check_up(x.shape[:-1], A.shape[0] * A.shape[1], B, base)
+    flat_base = None if base is None else base.flatten(0, -2) if base.dim() != 1 else base[None]
+    flat_x, flat_gates = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
+    y = _RoutedLora.apply(flat_x, A, B, flat_gates, flat_base, float(scale), backend)
+    return y.reshape(*x.shape[:-1], len(B))
+
+
+class _RoutedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, base: Tensor | None, scale: float, backend: str
+    ) -> Tensor:
+        keep_h = any(ctx.needs_input_grad[2:4])  # of B and of the gates; the rest needs none
+        u, h = _shrink(x, A, gates, backend, keep_h)
+        ctx.save_for_backward(x, A, B, gates, h)
+        ctx.scale = scale
+        return _expand(u, B, scale, base, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, gates, h = ctx.saved_tensors
+        for_x, for_a, for_b, for_gates, for_base = ctx.needs_input_grad[:5]
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = da = db = dgates = None
+            gate = gates[:, :, None]
+            if for_b:
+                gated = torch.where(gate == 0, 0, _by_expert(h, A) * (gate * ctx.scale)).to(x.dtype)
+                db = dy.T @ gated.flatten(1)
+            if for_x or for_a or for_gates:
+                du = _by_expert(dy @ B, A) * ctx.scale
+                if for_gates:
+                    dgates = (du * _by_expert(h, A)).sum(-1).to(gates.dtype)
+                dh = torch.where(gate == 0, 0, du * gate).to(x.dtype).flatten(1)
+                dx = dh @ A.flatten(0, 1) if for_x else None
+                da = (dh.T @ x).view_as(A) if for_a else None
+        return dx, da, db, dgates, dy if for_base else None, None, None
+
+
+def _by_expert(h: Tensor, A: Tensor) -> Tensor:
+    """Return `[T, E*r]` as `[T, E, r]` in the dtype of sums."""
+    return h.to(sum_dtype(h)).unflatten(1, A.shape[:2])
+
+
+def routed_shrink(x: Tensor, A: Tensor, gates: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Project down to all experts: h = x A^T and u = h * gate. No gradient; that is `routed_lora`.
+
+    Args:
+        x: `[T, in]`, any strides.
+        A: `[E, r, in]` in x's dtype.
+        gates: `[T, E]` float32 (or float64 beside a float64 x).
+        backend: as in `routed_lora`.
+
+    Returns:
+        u and the ungated h, both `[T, E*r]` in x's dtype. u is 0 where the gate is, whatever h is there; the gate is applied
+        before h is rounded.
+
+    Raises:
+        ValueError: shapes or devices do not fit, a gradient is asked for, or the backend cannot run.
+        TypeError: dtypes do not fit.
+    """
+    expect_rank("x", x, 2, "[T, in]")
+    _check_down(x, A, gates)
+    expect_no_gradient("routed_shrink", "use routed_lora", x, A, gates)
+    u, h = _shrink(x, A, gates, backend, keep_h=True)
+    assert h is not None
+    return u, h
+
+
+def routed_expand(u: Tensor, B: Tensor, *, scale: float, base: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Project back up: base + scale * u B^T, rounded once. No gradient; that is `routed_lora`.
+
+    Args:
+        u: `[T, E*r]`, the gated output of `routed_shrink`.
+        B: `[out, E*r]` in u's dtype.
+        scale: factor of the product.
+        base: `[T, out]` in u's dtype; None is 0.
+        backend: as in `routed_lora`.
+
+    Returns:
+        `[T, out]` in u's dtype.
+
+    Raises:
+        ValueError: shapes or devices do not fit, a gradient is asked for, or the backend cannot run.
+        TypeError: dtypes do not fit.
+    """
+    expect_rank("u", u, 2, "[T, E*r]")
+    expect_alike("u", u, B=B, base=base)
+    _check_up(u.shape[:1], u.shape[1], B, base)
+    expect_no_gradient("routed_expand", "use routed_lora", u, B, base)
+    return _expand(u, B, float(scale), base, backend)
+
+
+def _check_down(x: Tensor, A: Tensor, gates: Tensor) -> None:
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected [..., in] with at least one feature, got {list(x.shape)}")
+    if A.dim() != 3 or 0 in A.shape or A.shape[2] != x.shape[-1]:
+        raise ValueError(f"A: expected [E, r, in] with in = {x.shape[-1]} as in x, got {list(A.shape)}")
+    expect_alike("x", x, A=A)
+    expect_shape("gates", gates, (*x.shape[:-1], A.shape[0]), "[..., E], one a token of x and expert of A")
+    check_weights("gates", gates, x)
+
+
+def check_weights(name: str, weights: Tensor, x: Tensor) -> None:
+    """Refuse gates that are not float32 (or float64 beside a float64 x) on x's device.
+
+    Raises:
+        TypeError: their dtype is another.
+        ValueError: their device is another.
+    """
+    if weights.dtype not in (torch.float32, sum_dtype(x)):
+        raise TypeError(f"{name}: expected float32, got {weights.dtype}; cast it with {name}.float()")
+    expect_device(name, weights, "x", x)
+
+
+def _check_up(tokens: torch.Size, total: int, B: Tensor, base: Tensor | None) -> None:
+    if B.dim() != 2 or len(B) == 0 or B.shape[1] != total:
+        raise ValueError(f"B: expected [out, E*r] with E*r = {total}, got {list(B.shape)}")
+    if base is not None:
+        expect_shape("base", base, (*tokens, len(B)), "[..., out]")
+
+
+def _shrink(x: Tensor, A: Tensor, gates: Tensor, backend: str, keep_h: bool) -> tuple[Tensor, Tensor | None]:
+    if use_triton(backend, x) and len(x):
+        from llmrl_kernels.routed_lora_triton import shrink
+
+        return shrink(x, A.contiguous(), gates.to(torch.float32), keep_h)
+    with torch.autocast(x.device.type, enabled=False):
+        h = _product(x, A.flatten(0, 1)).unflatten(1, A.shape[:2])
+        gate = gates.to(h.dtype)[:, :, None]
+        u = torch.where(gate == 0, 0, h * gate).flatten(1)
+        return u.to(x.dtype), h.flatten(1).to(x.dtype) if keep_h else None
+
+
+def _expand(u: Tensor, B: Tensor, scale: float, base: Tensor | None, backend: str) -> Tensor:
+    if use_triton(backend, u) and len(u):
+        from llmrl_kernels.routed_lora_triton import expand
+
+        return expand(u, B, scale, base)
+    with torch.autocast(u.device.type, enabled=False):
+        y = _product(u, B).mul_(scale)
+        return (y if base is None else y.add_(base)).to(u.dtype)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left right^T in the dtype of sums, not rounded to a shorter one as `torch.mm` would."""
+    return left.to(sum_dtype(left)) @ right.to(sum_dtype(left)).T
+
+
+def routed_shrink_reference(x: Tensor, A: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """`routed_shrink` from its definition, expert by expert in float64; autograd goes through it."""
+    h = torch.stack([x.double() @ down.double().T for down in A], 1)
+    gate = gates.double()[:, :, None]
+    u = torch.where((gate == 0) & ~h.isfinite(), 0, h) * gate  # the gradient of a gate of 0 is h, as of any other
+    return u.flatten(1).to(x.dtype), h.flatten(1).to(x.dtype)
+
+
+def routed_expand_reference(u: Tensor, B: Tensor, *, scale: float, base: Tensor | None = None) -> Tensor:
+    """`routed_expand` from its definition, in float64; autograd goes through it."""
+    y = scale * (u.double() @ B.double().T)
+    return (y if base is None else y + base.double()).to(u.dtype)
+
+
+def routed_lora_reference(
+    x: Tensor, A: Tensor, B: Tensor, gates: Tensor, scale: float, *, base: Tensor | None = None
+) -> Tensor:
+    """`routed_lora` for `x [T, in]`, by the two references; autograd goes through it."""
+    return routed_expand_reference(routed_shrink_reference(x, A, gates)[0], B, scale=scale, base=base)

@@ -1,0 +1,105 @@
+"""The mixture over the chosen experts alone, in plain torch: values, and what it refuses."""
+
+import re
+
+import pytest
+import torch
+from expert_inputs import DTYPES, SHAPES, assert_rounded_alike, layer_of, strided
+
+from llmrl_kernels import (
+    routed_expand_gathered,
+    routed_expand_gathered_reference,
+    routed_lora,
+    routed_shrink_gathered,
+    routed_shrink_gathered_reference,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gathered_matches_reference(shape, dtype):
+    one = layer_of(shape, dtype)
+    u, h = routed_shrink_gathered(strided(one.x), one.A, one.ids, one.weights)
+    expected_u, expected_h = routed_shrink_gathered_reference(one.x, one.A, one.ids, one.weights)
+    assert_rounded_alike(u, expected_u)
+    assert_rounded_alike(h, expected_h)
+    for base in (None, strided(one.base)):
+        y = routed_expand_gathered(u, one.B, one.ids, scale=0.7, base=base)
+        assert_rounded_alike(y, routed_expand_gathered_reference(u, one.B, one.ids, scale=0.7, base=base))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gathered_is_the_dense_form(shape):
+    one = layer_of(shape).moved(torch.Tensor.double)
+    u, _ = routed_shrink_gathered(one.x, one.A, one.ids, one.weights)
+    y = routed_expand_gathered(u, one.B, one.ids, scale=0.7, base=one.base)
+    torch.testing.assert_close(y, routed_lora(one.x, one.A, one.B, one.gates, 0.7, base=one.base))
+
+
+def test_gathered_reads_the_chosen_experts_alone():
+    one = layer_of((4, 8, 6, 3, 2, 1))
+    ids, weights = torch.tensor([[0], [2], [0], [1]], dtype=torch.int32), torch.ones(4, 1)
+    one.A[1], one.B[:, 2:4] = torch.nan, torch.nan
+    u, _ = routed_shrink_gathered(one.x, one.A, ids, weights)
+    y = routed_expand_gathered(u, one.B, ids, scale=1.0)
+    assert y[:3].isfinite().all()
+    assert y[3].isnan().all()
+
+
+def test_an_expert_chosen_twice_counts_twice():
+    one = layer_of((2, 8, 6, 3, 2, 2)).moved(torch.Tensor.double)
+    ids, weights = torch.tensor([[1, 1], [0, 2]], dtype=torch.int32), torch.tensor([[0.5, 0.25], [1.0, 1.0]])
+    u, _ = routed_shrink_gathered(one.x, one.A, ids, weights)
+    y = routed_expand_gathered(u, one.B, ids, scale=1.0)
+    torch.testing.assert_close(y[0], 0.75 * (one.B[:, 2:4] @ (one.A[1] @ one.x[0])))
+
+
+def test_no_tokens():
+    one = layer_of((2, 8, 6, 3, 2, 2))
+    u, h = routed_shrink_gathered(one.x[:0], one.A, one.ids[:0], one.weights[:0])
+    assert u.shape == h.shape == (0, 2, 2)
+    assert routed_expand_gathered(u, one.B, one.ids[:0], scale=1.0).shape == (0, 6)
+
+
+ONE = layer_of((4, 8, 6, 3, 2, 1))
+DOWN = {"x": ONE.x, "A": ONE.A, "ids": ONE.ids, "weights": ONE.weights}
+UP = {"u": torch.zeros(4, 1, 2), "B": ONE.B, "ids": ONE.ids, "scale": 1.0, "base": ONE.base}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"ids": ONE.ids.long()}, TypeError, "ids: expected int32, got torch.int64; cast them with ids.int()"),
+        ({"ids": ONE.ids[:3]}, ValueError, "ids: expected [T, k] with T = 4 as in x and k >= 1, got [3, 1]"),
+        ({"ids": ONE.ids + 3}, ValueError, "ids: expected 0 to 2, one of 3 experts, got"),
+        ({"ids": ONE.ids - 3}, ValueError, "ids: expected 0 to 2, one of 3 experts, got -"),
+        ({"weights": ONE.weights[:, 0]}, ValueError, "weights: expected [T, k] as of ids = [4, 1], got [4]"),
+        ({"weights": ONE.weights.half()}, TypeError, "weights: expected float32, got torch.float16"),
+        ({"A": ONE.A.half()}, TypeError, "A: expected torch.float32, the dtype of x, got torch.float16"),
+        ({"A": ONE.A[..., 1:]}, ValueError, "A: expected [E, r, in] with in = 8 as in x, got [3, 2, 7]"),
+        ({"x": ONE.x[None]}, ValueError, "x: expected [T, in] with no empty dimension, got [1, 4, 8]"),
+        ({"A": ONE.A.clone().requires_grad_()}, ValueError, "routed_shrink_gathered has no gradient"),
+    ],
+    ids=str,
+)
+def test_shrink_gathered_refuses_what_does_not_fit(changes, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        routed_shrink_gathered(**(DOWN | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"B": ONE.B[:, :5]}, ValueError, "B: expected [out, E*r] with r = 2 as in u, got [6, 5]"),
+        ({"ids": ONE.ids + 3}, ValueError, "ids: expected 0 to 2, one of 3 experts, got"),
+        ({"ids": ONE.ids.expand(4, 2)}, ValueError, "ids: expected [T, k] as of u = [4, 1], got [4, 2]"),
+        ({"base": ONE.base[:, :5]}, ValueError, "base: expected [T, out] = [4, 6], got [4, 5]"),
+        ({"u": torch.zeros(4, 2)}, ValueError, "u: expected [T, k, r] with no empty dimension, got [4, 2]"),
+        ({"base": ONE.base.bfloat16()}, TypeError, "base: expected torch.float32, the dtype of u, got torch.bfloat16"),
+        ({"B": ONE.B.clone().requires_grad_()}, ValueError, "routed_expand_gathered has no gradient"),
+    ],
+    ids=str,
+)
+def test_expand_gathered_refuses_what_does_not_fit(changes, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        routed_expand_gathered(**(UP | changes))
