@@ -28,6 +28,7 @@ from serving_folders import (
 )
 from small_ensembles import ANSWERS
 from small_ensembles import PROMPTS as DIALOGUES
+from switch_folders import SWITCH_PAGING, SWITCHED, switch_folder
 
 from llmrl.vllm_compat import vllm_build, why_no_vllm
 
@@ -80,6 +81,12 @@ def parity_folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def switch_folders(tmp_path_factory):
+    """Name -> folder of a switch model."""
+    return {name: switch_folder(tmp_path_factory.mktemp(name), *made) for name, made in SWITCHED.items()}
+
+
+@pytest.fixture(scope="session")
 def ensembles(tmp_path_factory):
     """Name -> (exported folder, its base, the heads as they are in training)."""
     made = {}
@@ -99,6 +106,10 @@ def in_process_started(request, tmp_path_factory):
     get = request.getfixturevalue
     common = {"prompts": get("prompts"), "new_tokens": NEW_TOKENS}
     tasks = {name: {"kind": "parity", "folder": str(f), **common} for name, (f, _) in get("parity_folders").items()}
+    tasks |= {name: {"kind": "parity", "folder": str(f), **common} for name, f in get("switch_folders").items()}
+    for name, blocks in SWITCH_PAGING.items():
+        task = {"kind": "paging", "folder": str(get("switch_folders")[name]), "blocks": blocks}
+        tasks[f"paging-{name}"] = task | {"prompts": paging_prompts(), "new_tokens": NEW_TOKENS}
     task = {"kind": "steered", "folder": str(get("parity_folders")["llama-value"][0]), "choices": STEERED}
     tasks["steered"] = task | {"prompts": get("prompts")}
     tasks["classes"] = {"kind": "classes", "architectures": sorted({a for a, _, _ in PARITY.values()})}

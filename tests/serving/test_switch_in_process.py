@@ -1,0 +1,65 @@
+"""Routed experts in vLLM say what they say in transformers: in any batch, in chunks, out of the prefix cache, on two ranks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from serving_folders import ENVIRONMENT, NEW_TOKENS, ROOT, assert_agrees, paging_prompts
+from switch_folders import SWITCH_PAGING, SWITCHED, expected_switch
+from test_vllm_in_process import answer_of, assert_continuations_agree, some
+
+pytestmark = pytest.mark.vllm
+
+TWO_RANKS = """
+import json, sys
+from in_process import SMALL, generate
+from vllm import LLM
+if __name__ == "__main__":  # the ranks are processes that import this file
+    task = json.loads(sys.argv[1])
+    llm = LLM(task["folder"], tensor_parallel_size=2, **SMALL)
+    open(task["answers"], "w").write(json.dumps(generate(llm, task["prompts"], task["new_tokens"])))
+"""
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_switch_model_agrees_with_transformers(name, in_process, switch_folders, prompts):
+    assert_agrees(answer_of(in_process, name)["answers"], expected_switch(switch_folders[name], prompts))
+
+
+@pytest.fixture(scope="session")
+def paging_wanted(switch_folders):
+    return {name: expected_switch(switch_folders[name], paging_prompts()) for name in SWITCH_PAGING}
+
+
+@pytest.mark.parametrize("name", SWITCH_PAGING)
+def test_routes_survive_chunks_prefixes_and_preemption(name, in_process, paging_wanted):
+    runs, wanted = answer_of(in_process, f"paging-{name}"), paging_wanted[name]
+    assert len([step for step in runs["chunked"]["scheduled"] if step[0] > 1]) > 1
+    assert_agrees(runs["chunked"]["answers"], some(wanted, 0))
+    assert runs["again"]["answers"][0]["cached"] > 0
+    for run, index in (("first", 0), ("again", 0), ("branch", 1)):
+        assert_continuations_agree(runs[run]["answers"], some(wanted, index))
+    assert runs["crowded"]["preempted"] > 0
+    assert_agrees(runs["crowded"]["answers"], wanted)
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_with_transformers(switch_folders, prompts, tmp_path):
+    """Every kind of layer is split: qkv and gate_up by output (k and v are replicated), o and down by input."""
+    folder, script, answers = switch_folders["switch-llama"], tmp_path / "two_ranks.py", tmp_path / "answers.json"
+    script.write_text(TWO_RANKS)
+    task = {"folder": str(folder), "prompts": prompts, "new_tokens": NEW_TOKENS, "answers": str(answers)}
+    path = f"{ROOT / 'tests' / 'serving'}:{ROOT}:{ROOT / 'kernels'}"
+    environment = ENVIRONMENT | {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(task)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert answers.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    assert_agrees(json.loads(answers.read_text()), expected_switch(folder, prompts))
