@@ -23,7 +23,7 @@ class DecodeLoop:
         graph: capture the step; None does where the model lies on a GPU.
 
     Raises:
-        ModelError: resident copies, whose choice is made on the host, cannot be captured.
+        ModelError: something of a step is decided on the host, so that it cannot be captured.
     """
 
     def __init__(self, model: Any, max_length: int, batch_size: int = 1, *, graph: bool | None = None) -> None:
@@ -36,6 +36,8 @@ class DecodeLoop:
         if self.graphed and runner in ("_Resident", "_InPlace"):
             raise ModelError(f"the mode {runner.strip('_').lower()} reads its route on the host: pass graph=False")
         self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        if self.graphed and any(hasattr(layer, "cumulative_length_int") for layer in self.cache.layers):
+            raise ModelError("a cache with a sliding window counts tokens on the host: pass graph=False")
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.logits: Tensor | None = None
@@ -86,17 +88,26 @@ class DecodeLoop:
         return self.model(input_ids=self.token, use_cache=True, **options).logits  # type: ignore[no-any-return]
 
     def _capture(self) -> None:
-        """Record the step; the warm-up steps write the same cache entry as the first replay does."""
+        """Record the step; warm-up and recording leave the cache's counters where they were, for the replay to move."""
+        counters = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 self._forward()
+                rewind(counters)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.logits = self._forward()
+        rewind(counters)  # recording runs nothing on the device, but what the host counted
         self._graph.replay()
+
+
+def rewind(counters: list[tuple[Any, Tensor]]) -> None:
+    """Put counters of cache layers back in place, at the address that a graph has recorded."""
+    for layer, before in counters:
+        layer.cumulative_length.copy_(before)
 
 
 def _next(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmrl.errors import ModelError
-from llmrl.lora_switch.pack import pack
 from llmrl.lora_switch.routing import Route
 from llmrl_kernels.routed_lora import routed_expand, routed_lora, routed_shrink
 
@@ -60,7 +59,8 @@ class SharedInput:
 
     def __init__(self, layers: list[SwitchLinear]) -> None:
         self._layers = layers
-        self._a, _ = pack([(layer.switch_A.detach(), layer.switch_B.detach()) for layer in layers])
+        # the layers one after the other, as experts of one: each one's products are then a view of all
+        self._a = torch.cat([layer.switch_A.detach() for layer in layers])
         self._input: Tensor | None = None
         self._products: Tensor | None = None
         self._left = 0
@@ -70,11 +70,12 @@ class SharedInput:
         experts, rank, width = layer.switch_A.shape
         if self._input is not x:
             rows = x.reshape(-1, width).to(self._a.dtype)
-            self._products, _ = routed_shrink(rows, self._a, gates.reshape(-1, experts))
+            flat = gates.reshape(-1, experts).repeat(1, len(self._layers))
+            self._products, _ = routed_shrink(rows, self._a, flat)
             self._input, self._left = x, len(self._layers)
         assert self._products is not None
-        parts = self._products.view(-1, experts, len(self._layers), rank)
-        own = parts[:, :, self._layers.index(layer)].reshape(-1, experts * rank)
+        size = experts * rank
+        own = self._products.narrow(1, self._layers.index(layer) * size, size)
         self._left -= 1
         if not self._left:
             self._input = self._products = None

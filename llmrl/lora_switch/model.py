@@ -31,6 +31,7 @@ class SwitchMixin:
     switch_router: Router
     switch_base: Any  # BaseReference of the base, or None when it came from no folder
     _switch_now: ForwardRoute | None
+    _switch_next: ForwardRoute | None  # of the call whose decoder has not begun
     _switch_off: bool
     _switch_runner: Any  # a run mode that merges, see llmrl.lora_switch.modes
 
@@ -143,7 +144,8 @@ def get_switch_model(model: Any, config: SwitchConfig) -> Any:
     model.switch_config, model.switch_base = config, None
     hidden = model.config.get_text_config().hidden_size
     model.switch_router = Router(config, hidden).to(next(model.parameters()).device)
-    model._switch_now, model._switch_off, model._switch_runner = None, False, None
+    model._switch_now = model._switch_next = model._switch_runner = None
+    model._switch_off = False
     _watch(model, layers, slots, site, before)
     return model
 
@@ -151,23 +153,9 @@ def get_switch_model(model: Any, config: SwitchConfig) -> Any:
 @functools.cache
 def switch_class(base: Any) -> Any:
     """Return the subclass `SwitchX` of a causal LM's class X."""
-    parameters = inspect.signature(base.forward).parameters  # type: ignore[attr-defined]
-    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    names = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-
-    @functools.wraps(base.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, switch_prompt_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        now = self._switch_now = _begin(self, given, switch_prompt_mask)
-        travelling = {ROUTE_ARGUMENT: now} if takes_more else {}
-        out = base.forward(self, *args, **kwargs, **travelling)  # type: ignore[attr-defined]
-        loss = getattr(out, "loss", None)
-        if loss is not None and self.training and self.switch_config.balance_coef and now.route is not None:
-            out.loss = loss + self.switch_config.balance_coef * _balance(now, given)
-        return out
-
-    body = {"__module__": __name__, "__doc__": f"{base.__name__} with routed experts.", "forward": forward}
-    return type(CLASS_PREFIX + base.__name__, (SwitchMixin, base), body)
+    return type(
+        CLASS_PREFIX + base.__name__, (SwitchMixin, base), {"__module__": __name__, "__doc__": SwitchMixin.__doc__}
+    )
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -214,6 +202,10 @@ def _targets(model: Any, config: SwitchConfig) -> list[str]:
 
 
 def _watch(model: Any, layers: nn.ModuleList, slots: list[RouteSlot], site: nn.Module, before: bool) -> None:
+    """Hook the model: hooks are called whatever a trainer puts in the place of `forward` (trl does, to save memory)."""
+    _watch_outside(model)
+    _watch_decoder(model)
+
     def enter(slot: RouteSlot) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             slot.now = kwargs.pop(ROUTE_ARGUMENT, None) or model._switch_now
@@ -235,6 +227,47 @@ def _watch(model: Any, layers: nn.ModuleList, slots: list[RouteSlot], site: nn.M
         site.register_forward_pre_hook(reads_input, with_kwargs=True)
     else:
         site.register_forward_hook(reads_output)
+
+
+def _watch_outside(model: Any) -> None:
+    """Around a call of the causal LM: the route to be filled, and the balance loss on top of the loss."""
+
+    def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        prompt_mask = kwargs.pop("switch_prompt_mask", None)
+        model._switch_now = model._switch_next = _begin(model, _named(module, args, kwargs), prompt_mask)
+        return args, kwargs
+
+    def end(module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+        now, coef = model._switch_now, model.switch_config.balance_coef
+        if getattr(out, "loss", None) is not None and model.training and coef and now.route is not None:
+            out.loss = out.loss + coef * _balance(now, _named(module, args, kwargs))
+        return out
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.register_forward_hook(end, with_kwargs=True)
+
+
+def _watch_decoder(model: Any) -> None:
+    """Send the route along with the arguments of the decoder layers; make one where the decoder is called by itself."""
+    decoder = model.get_decoder()
+    parameters = inspect.signature(decoder.forward).parameters
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        now, model._switch_next = model._switch_next, None
+        if now is None:
+            prompt_mask = kwargs.pop("switch_prompt_mask", None)
+            now = model._switch_now = _begin(model, _named(module, args, kwargs), prompt_mask)
+        return args, {**kwargs, ROUTE_ARGUMENT: now} if takes_more else kwargs
+
+    decoder.register_forward_pre_hook(begin, with_kwargs=True)
+
+
+def _named(module: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [
+        n for n, p in inspect.signature(type(module).forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    return {**dict(zip(names[1:], args, strict=False)), **kwargs}
 
 
 def _begin(model: Any, given: dict[str, Any], prompt_mask: Tensor | None) -> ForwardRoute:

@@ -191,7 +191,9 @@ class _InPlace(_Fused):
         """Return ||copies - (W + experts)|| / ||W||."""
         wrong = whole = 0.0
         outs = {name: torch.empty_like(layer.weight.detach()) for name, layer in self.layers.items()}
-        ids, weights = self._old or (torch.zeros(1, dtype=torch.int32), torch.zeros(1))
+        device = next(iter(outs.values())).device
+        none = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, device=device)
+        ids, weights = self._old or none
         plan = MergePlan(merge_items(self.model, outs), top_k=len(ids), scale=self.model.switch_config.scale)
         plan.merge(ids, weights)
         for name, layer in self.layers.items():

@@ -6,7 +6,7 @@ from switch_models import prompt, switch_model
 
 from llmrl.errors import ConfigError, ModelError
 from llmrl.lora_switch import fix_route, set_switch_mode
-from llmrl.lora_switch.decode import DecodeLoop
+from llmrl.lora_switch.decode import DecodeLoop, rewind
 from llmrl.lora_switch.modes import drift
 
 HARD = {"gate": "hard", "top_k": 1}
@@ -110,6 +110,22 @@ def test_generate_and_the_decode_loop_agree(router):
     other = prompt(2, seed=8)
     assert not torch.equal(loop.generate(other, 12), expected)
     assert torch.equal(loop.generate(ids, 12), expected)  # nothing is left of the prompt in between
+
+
+@torch.no_grad()
+def test_warm_up_steps_leave_no_trace():
+    """What a capture does before its first replay, on the CPU: a step that is taken twice and taken back is taken once."""
+    model, ids = switch_model(), prompt(1)
+    loop = DecodeLoop(model, 24)
+    loop.generate(ids, 1)
+    loop.token.fill_(5)
+    loop.position.fill_(9)
+    counters = [(layer, layer.cumulative_length.clone()) for layer in loop.cache.layers]
+    first = loop._forward()
+    assert int(loop.cache.layers[0].cumulative_length) == 10
+    rewind(counters)
+    torch.testing.assert_close(loop._forward(), first)
+    assert (loop._forward() - first).abs().max() > 1e-3  # without it the token is there twice
 
 
 def test_decode_loop_samples_by_seed():

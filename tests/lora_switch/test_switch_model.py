@@ -182,6 +182,14 @@ def test_balance_loss_is_added_in_training_alone():
     assert float(half - whole) == pytest.approx(0.5 * float(balance_loss(model.last_route())) * 16 / 32, rel=1e-3)
 
 
+def test_the_decoder_may_be_called_by_itself():
+    model, ids = switch_model(), prompt()
+    expected = model(ids).logits
+    model(ids.flip(1))
+    states = model.model(ids).last_hidden_state
+    torch.testing.assert_close(model.lm_head(states), expected)
+
+
 def test_one_expert_is_plain_lora():
     from peft import LoraConfig, get_peft_model
 
