@@ -9,6 +9,7 @@ from engine_support import STORIES, disturbed, train, trainer, weights
 from safetensors.torch import load_file, save_file
 
 from llmrl.errors import ModelError, OutputError, SyncError
+from llmrl.rollout import weights as weights_module
 from llmrl.rollout.model_facts import read_facts
 from llmrl.rollout.transfer import TransferFolder
 from llmrl.rollout.weight_files import WEIGHTS_FILE, digest, fingerprint, read_weights, write_weights
@@ -218,3 +219,57 @@ def test_read_facts_of_a_model(tmp_path):
     assert read_facts(str(STORIES), max_model_len=100).max_model_len == 100
     with pytest.raises(ModelError, match="max_model_len 600 is more than the 512 positions"):
         read_facts(str(STORIES), max_model_len=600)
+
+
+def test_a_thousand_syncs_of_a_bfloat16_lora_leave_no_trace_where_merging_in_place_does():
+    """What is sent comes from a clean base each time: equal bits after any number of syncs, and the trainer untouched."""
+    model = lora(trainer(STORIES).to(torch.bfloat16), r=2)
+    name = "model.layers.0.mlp.up_proj"
+    layer = model.get_base_model().get_submodule(name)
+    base = layer.get_base_layer().weight.detach().clone()
+    first = disk_weights(model)[f"{name}.weight"]
+    exact = base.double() + layer.get_delta_weight("default").double()
+    assert (first.double() - exact).abs().max() <= 2.0**-8 * exact.abs().max()  # one rounding
+    for _ in range(1000):
+        last = weights_module._merged_layers(model)[f"{name}.weight"]
+    assert torch.equal(last, first)
+    assert torch.equal(layer.get_base_layer().weight, base)
+    # how trl does it: merge into the weights, send them, take the adapter out again
+    for _ in range(1000):
+        layer.merge()
+        layer.unmerge()
+    assert not torch.equal(layer.get_base_layer().weight, base)
+
+
+def test_adapters_side_by_side_and_other_ranks_are_merged_by_one_launch(monkeypatch):
+    from peft import LoraConfig
+
+    model = lora(trainer(STORIES), r=4, rank_pattern={"q_proj": 7}, alpha_pattern={"up_proj": 3}, use_rslora=True)
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B.other" in key:
+                parameter.normal_(0, 0.2)
+    model.base_model.set_adapter(["default", "other"])
+    launches, plain = [], weights_module.MergePlan.merge
+    monkeypatch.setattr(
+        weights_module.MergePlan, "merge", lambda self, *route: launches.append(len(self.items)) or plain(self, *route)
+    )
+    found = disk_weights(model)
+    expected = weights(copy.deepcopy(model).merge_and_unload(adapter_names=["default", "other"]))
+    assert launches == [35]
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=2e-6)
+
+
+def test_an_adapted_embedding_is_merged_too():
+    model = lora(trainer(STORIES), target_modules=["embed_tokens", "q_proj"])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_embedding_B" in key:
+                parameter.normal_(0, 0.2)
+    found = disk_weights(model)
+    expected = weights(copy.deepcopy(model).merge_and_unload())
+    torch.testing.assert_close(
+        found["model.embed_tokens.weight"], expected["model.embed_tokens.weight"], rtol=0, atol=1e-6
+    )
