@@ -29,7 +29,7 @@ from llmrl.lora_switch.train import train
 from llmrl.training.run import environment
 
 DATA = Path("recipes/lora_switch/data")
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 TUNED = {"lora 8": ("lora 8", "lora 32"), "embedding": ()}  # and the ways like it; experts are the rest
 EXPERTS: dict[str, Any] = {"num_experts": 8, "r": 4, "top_k": 2}
 WAYS: dict[str, dict[str, Any]] = {

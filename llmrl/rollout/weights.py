@@ -15,7 +15,7 @@ from llmrl_kernels.merge_all import MergeItem, MergePlan
 def disk_weights(model: Any) -> dict[str, Tensor]:
     """Return the weights of a causal LM by their names in a checkpoint, tied ones once.
 
-    A PEFT model gives the weights it computes with: base plus adapter, merged into new tensors. The model itself is
+    A model with routed experts gives experts and router alone. A PEFT model gives the weights it computes with: base plus adapter, merged into new tensors. The model itself is
     not touched: merging in place and back does not return to the same numbers.
 
     Raises:
@@ -24,6 +24,8 @@ def disk_weights(model: Any) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     model = unwrap(model)
+    if hasattr(model, "switch_config"):  # the folder that is served names its base, which is frozen
+        return {n: p.detach() for n, p in model.named_parameters() if ".switch_" in n or n.startswith("switch_router.")}
     merged: dict[str, Tensor] = {}
     if hasattr(model, "peft_config"):
         if not hasattr(model, "get_base_model"):

@@ -1,0 +1,71 @@
+"""Routed experts in an engine: the trainer's experts and router arrive in vLLM, and the canary sees that they did."""
+
+import pytest
+import torch
+from engine_support import STORIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmrl.errors import SyncError
+from llmrl.lora_switch import SwitchConfig, get_switch_model
+from llmrl.rollout.sync import WeightSync
+from llmrl.rollout.weights import disk_weights
+from llmrl.types import SamplingConfig
+from llmrl.vllm_compat import vllm_build, why_no_vllm
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(vllm_build() is None, reason=f"no vLLM: {why_no_vllm()}"),
+]
+
+
+@pytest.fixture(scope="module")
+def switch(tmp_path_factory):
+    """A switch model on the real pretrained model, and its folder."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    model = get_switch_model(model, SwitchConfig(num_experts=4, r=3, router_input="layer0_mlp"))
+    with torch.no_grad():
+        for layer in model.switch_layers().values():
+            layer.switch_B.normal_(0, 0.05)
+    folder = tmp_path_factory.mktemp("switch")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder)
+    return model, folder
+
+
+def test_trained_experts_arrive_in_vllm(switch):
+    from llmrl.rollout.vllm_engine import VllmEngine
+
+    model, folder = switch
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    sampling = SamplingConfig(temperature=0, max_tokens=12)
+    with VllmEngine(str(folder), dtype="float32", kv_cache_memory_bytes=64 << 20, max_model_len=256) as engine:
+        sync = WeightSync(engine, model, probe_ids=list(range(3, 203)))
+        before = engine.score(range(3, 40))
+        for number in (1, 2):
+            ids = torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(number))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert sync.update().number == number
+        after = engine.score(range(3, 40))
+        assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 0.05
+        model.eval()
+        logits = model(torch.tensor([list(range(3, 40))])).logits[0].log_softmax(-1)
+        expected = [float(logits[i, t]) for i, t in enumerate(range(4, 40))]
+        assert max(abs(a - b) for a, b in zip(after, expected, strict=True)) < 1e-3
+        assert len(engine.generate([[1, 5, 9]], sampling)[0][0].token_ids) == 12
+        tensors = disk_weights(model)
+        del tensors["switch_router.weight"]
+        with pytest.raises(SyncError, match=r"lacks switch_router\.weight"):
+            engine.update(tensors)
+
+
+def test_what_a_switch_model_sends_is_what_its_folder_holds(switch):
+    from safetensors import safe_open
+
+    model, folder = switch
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert disk_weights(model).keys() == set(file.keys())
