@@ -209,13 +209,21 @@ def run_switch(argv: list[str], prog: str = "llmrl switch", action: str | None =
     config = parse_config(classes[action], argv, prog=prog, description=_SWITCH[action])
     quiet_libraries(config.quiet)
     from llmrl.lora_switch import evaluate, experts, train
+    from llmrl.training.distributed import is_main_process
 
     actions: dict[str, Callable[[Any], object]] = {
         "train": train.train,
         "eval": evaluate.evaluate,
         "export": experts.export,
     }
-    return _done(actions[action], config)
+    code = _done(actions[action], config)
+    if action == "train" and config.check_serving and is_main_process():
+        from llmrl.serving.check import check_serving
+
+        result = check_serving(config.output_dir)
+        if not config.quiet:
+            print(result.sentence(), flush=True)
+    return code
 
 
 _HINDSIGHT = {

@@ -53,3 +53,18 @@ def test_environment_with_tool_plays_its_episodes(example, tmp_path, capsys):
     episodes = [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
     assert len(episodes) == 4
     assert "correct" in capsys.readouterr().out
+
+
+def test_experts_per_token_run_three_ways(example, tmp_path, monkeypatch, capsys):
+    module = example("experts_per_token")
+    for name, value in {"FOLDER": tmp_path, "STEPS": 3, "HELD_OUT": 12, "NEW_TOKENS": 8}.items():
+        monkeypatch.setattr(module, name, value)
+    assert module.main() == 0
+    out = capsys.readouterr().out
+    base, trained = (float(nll) for nll in re.findall(r"mean of tasks \| +\| ([\d.]+)", out))
+    assert trained != base
+    lines = [line for line in out.splitlines() if line.startswith(("generate ", "static cache", "merged anew"))]
+    assert len(lines) == 3
+    assert len({line[31:] for line in lines}) == 1
+    assert (tmp_path / "mixture" / "adapter_config.json").is_file()
+    assert "greedy text the same" in out or "not here: " in out

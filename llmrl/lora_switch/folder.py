@@ -194,6 +194,29 @@ def check_base(base_folder: Path | str, reference: BaseReference, folder: Path |
         )
 
 
+def check_served(folder: Path | str) -> SwitchFolder:
+    """Refuse a folder that vLLM cannot serve, before it is started; return its description.
+
+    Raises:
+        ModelError: a router that reads the whole prompt, or a base that is not there.
+        HeadMismatchError: another base than the experts were trained on.
+    """
+    described = read_switch_folder(folder)
+    if described.switch.router_input == "prompt_pooled":
+        raise ModelError(
+            "router_input 'prompt_pooled' needs the whole prompt, which vLLM reads in pieces: export the mixture a prompt "
+            "calls for with llmrl.lora_switch.export_mixture and serve it as a LoRA adapter"
+        )
+    base = Path(described.base.model)
+    if described.base.model and base.is_dir():  # a hub name is pinned to a commit instead
+        check_base(base, described.base, folder)
+    elif base.is_absolute() or not described.base.model:
+        raise ModelError(
+            f"the base model of {folder} is not at {base}: put it there, or change {CONFIG_KEY}.base.model"
+        )
+    return described
+
+
 @torch.no_grad()
 def load_switch_tensors(model: Any, tensors: Mapping[str, Tensor], where: str = WEIGHTS_FILE) -> None:
     """Copy experts and router into a switch model; names and shapes must be exactly its own.

@@ -45,6 +45,7 @@ class TrainConfig:
     weight_decay: float = option(0.0, help="of AdamW")
     dtype: str = option("auto", choices=_DTYPES, help="of the base; auto: float32 on a CPU, bfloat16 on a GPU")
     gradient_checkpointing: bool = option(False, help="less memory, a third more time")
+    check_serving: bool = option(False, help="start vLLM on the result and compare it with transformers")
     save_steps: int = option(100, help="steps between checkpoints")
     logging_steps: int = option(10, help="steps between lines of metrics.jsonl")
     seed: int = option(0, help="of everything")

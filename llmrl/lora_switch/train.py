@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from llmrl.base_model import load_base
 from llmrl.config import to_flat
@@ -133,6 +133,7 @@ def _trainer(config: TrainConfig, base: Any, rows: list[EncodedRow], work_dir: P
         callbacks=[MetricsCallback(), RunFilesCallback(to_flat(config))],
     )
     trainer.router_lr = config.router_lr
+    trainer.remove_callback(PrinterCallback)  # metrics.jsonl has the numbers
     text = json.dumps([[row.ids, row.prompt] for row in rows])
     trainer.run_facts = {
         "switch": model.switch_config.to_json(),

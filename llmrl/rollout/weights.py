@@ -15,8 +15,9 @@ from llmrl_kernels.merge_all import MergeItem, MergePlan
 def disk_weights(model: Any) -> dict[str, Tensor]:
     """Return the weights of a causal LM by their names in a checkpoint, tied ones once.
 
-    A model with routed experts gives experts and router alone. A PEFT model gives the weights it computes with: base plus adapter, merged into new tensors. The model itself is
-    not touched: merging in place and back does not return to the same numbers.
+    A model with routed experts gives experts and router alone. A PEFT model gives the weights it computes with: base plus
+    adapter, merged into new tensors. The model itself is not touched: merging in place and back does not return to the same
+    numbers.
 
     Raises:
         ModelError: a PEFT adapter of another kind than LoRA, or a DTensor, which has to be gathered first.

@@ -87,19 +87,20 @@ def own_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def has_heads(folder: Path) -> bool:
-    """Tell a folder with llmrl's heads from a plain model; refuse a folder that is neither.
+    """Tell a folder with llmrl's heads, or with routed experts, from a plain model; refuse a folder that is none of these.
 
     Raises:
         ModelError: no configuration, no weights, or values that vLLM cannot run.
     """
     from llmrl.base_model import check_model_folder
     from llmrl.heads import CONFIG_KEY, has_value_trunk
+    from llmrl.lora_switch.folder import CONFIG_KEY as SWITCH_KEY
 
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = {}
-    if CONFIG_KEY in found:
+    if CONFIG_KEY in found or SWITCH_KEY in found:
         return True
     check_model_folder(folder)
     if has_value_trunk(folder):
@@ -147,10 +148,16 @@ def check_plugin() -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose base, tokenizer or chat template is not the one its heads were fitted on."""
+    """Refuse a folder whose base, tokenizer or chat template is not the one its heads or experts were fitted on."""
     from llmrl.base_model import check_model_folder, load_tokenizer, reference_for
+    from llmrl.lora_switch.folder import CONFIG_KEY as SWITCH_KEY
+    from llmrl.lora_switch.folder import check_served
     from llmrl.modeling import local_folder, read_heads_config
 
+    config = folder / "config.json"
+    if config.is_file() and SWITCH_KEY in json.loads(config.read_text(encoding="utf-8")):
+        check_served(folder)
+        return
     spec = read_heads_config(folder)
     base = folder if spec.merged else Path(spec.base.model)
     if base.is_absolute() or spec.merged:

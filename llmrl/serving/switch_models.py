@@ -27,7 +27,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from llmrl.errors import ModelError
 from llmrl.lora_switch.config import is_routed, layer_number
-from llmrl.lora_switch.folder import ARCHITECTURE_PREFIX, CONFIG_KEY, SwitchFolder, check_base
+from llmrl.lora_switch.folder import ARCHITECTURE_PREFIX, CONFIG_KEY, SwitchFolder, check_served
 from llmrl.lora_switch.pack import PACKED, pack, pad_rank
 from llmrl.lora_switch.router import Router, router_site
 from llmrl.lora_switch.routing import dense_gates
@@ -140,11 +140,6 @@ def _causal_class(base_architecture: str) -> type:
 
 
 def _check(vllm_config: VllmConfig, described: SwitchFolder) -> None:
-    if described.switch.router_input == "prompt_pooled":
-        raise ModelError(
-            "router_input 'prompt_pooled' needs the whole prompt, which vLLM reads in pieces: export the mixture a prompt "
-            "calls for with llmrl.lora_switch.export_mixture and serve it as a LoRA adapter"
-        )
     if vllm_config.lora_config is not None:
         raise ModelError("experts and vLLM's own LoRA do not go together: start without --enable-lora")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
@@ -153,13 +148,8 @@ def _check(vllm_config: VllmConfig, described: SwitchFolder) -> None:
 
 def _base_source(vllm_config: VllmConfig, described: SwitchFolder) -> DefaultModelLoader.Source:
     folder, reference = vllm_config.model_config.model, described.base
-    base = Path(reference.model)
-    if base.is_dir():  # a hub name is pinned to a commit instead
-        check_base(base, reference, folder)
-    elif base.is_absolute() or not reference.model:
-        raise ModelError(
-            f"the base model of {folder} is not at {base}: put it there, or change {CONFIG_KEY}.base.model"
-        )
+    if Path(folder).is_dir():  # else a hub name
+        check_served(folder)
     return DefaultModelLoader.Source(
         model_or_path=reference.model,
         revision=reference.revision,

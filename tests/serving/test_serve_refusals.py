@@ -1,5 +1,6 @@
 """What `llmrl serve` refuses before vLLM starts, and what it says when the plugin was not loaded."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -263,3 +264,33 @@ def change_weights(folder):
     name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
     tensors[name][0, 0] += 0.01
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def switch_config(folder, **change):
+    """Edit the description of a switch model."""
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    for key, value in change.items():
+        fields["llmrl_switch"][key] |= value
+    path.write_text(json.dumps(fields))
+    return folder
+
+
+def test_serve_refuses_switch_models_before_vllm_is_started(tmp_path):
+    from switch_folders import switch_folder
+
+    from llmrl.errors import HeadMismatchError, ModelError
+    from llmrl.serving.launch import check_folder, has_heads
+
+    folder = switch_folder(tmp_path, "LlamaForCausalLM", {})
+    assert has_heads(folder)
+    check_folder(folder)
+    switch_config(folder, switch={"router_input": "prompt_pooled"})
+    with pytest.raises(ModelError, match="'prompt_pooled' needs the whole prompt"):
+        check_folder(folder)
+    switch_config(folder, switch={"router_input": "embedding"}, base={"weights": "sha256:0"})
+    with pytest.raises(HeadMismatchError, match="were trained on another base"):
+        check_folder(folder)
+    switch_config(folder, base={"model": "/nowhere/at-all"})
+    with pytest.raises(ModelError, match=r"the base model of .* is not at /nowhere/at-all"):
+        check_folder(folder)
