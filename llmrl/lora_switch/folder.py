@@ -152,7 +152,7 @@ def load_switch_model(folder: Path | str, *, base: Any = None, **kwargs: Any) ->
     Args:
         folder: a local folder, or a hub name.
         base: the base model; None loads the one the folder names.
-        kwargs: for the base's `from_pretrained`: dtype, device_map, attn_implementation.
+        kwargs: for the base's `from_pretrained`: dtype (by default that of training), device_map, attn_implementation.
 
     Raises:
         HeadMismatchError: the base's weights are not those the experts were trained on.
@@ -166,6 +166,8 @@ def load_switch_model(folder: Path | str, *, base: Any = None, **kwargs: Any) ->
     if base is None:
         if not reference.model:
             raise ModelError(f"{folder} does not name its base (it came from no folder): pass it as base=")
+        if kwargs.get("dtype") is None:  # the one it was trained in, which need not be the base's own
+            kwargs["dtype"] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") or "auto"
         kwargs.update(use_safetensors=True, trust_remote_code=False, revision=reference.revision)
         try:
             base = AutoModelForCausalLM.from_pretrained(reference.model, **kwargs)

@@ -72,6 +72,14 @@ def test_dtype_is_the_callers(tmp_path):
     assert load_switch_model(folder, attn_implementation="eager").config._attn_implementation == "eager"
 
 
+def test_dtype_is_that_of_training_where_nothing_is_said(tmp_path):
+    base_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    get_switch_model(model, SwitchConfig(num_experts=2, r=2)).save_pretrained(tmp_path / "switch")
+    for opened in (load_switch_model(tmp_path / "switch"), AutoModelForCausalLM.from_pretrained(tmp_path / "switch")):
+        assert opened.lm_head.weight.dtype == torch.float32
+
+
 def test_another_base_is_refused(tmp_path):
     _, folder = saved(tmp_path)
     base_model(seed=5).save_pretrained(tmp_path / "base")
