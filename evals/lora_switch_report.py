@@ -1,4 +1,4 @@
-"""Tables and pictures of evals/lora_switch.py: `python evals/lora_switch_report.py --results evals/results --images docs/images`."""
+"""Tables and pictures of evals/lora_switch.py: `python evals/lora_switch_report.py`, from evals/results to docs/images."""
 
 from __future__ import annotations
 

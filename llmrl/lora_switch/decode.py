@@ -42,6 +42,7 @@ class DecodeLoop:
         self.position = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.logits: Tensor | None = None
         self._graph: Any = None
+        self._captured: tuple[Any, ...] = ()  # the run mode and the fixed route that the graph holds
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
@@ -56,6 +57,7 @@ class DecodeLoop:
                 f"this loop holds {len(self.token)} rows of {self.max_length} tokens, asked for {rows} of "
                 f"{length} + {max_new_tokens}"
             )
+        self._drop_stale_graph()
         generator = torch.Generator(device=input_ids.device).manual_seed(seed)
         self.cache.reset()
         if hasattr(self.cache, "switch_route"):
@@ -72,6 +74,13 @@ class DecodeLoop:
                 self.position.fill_(length + step)
                 logits = self._step()
         return torch.cat(new, 1)
+
+    def _drop_stale_graph(self) -> None:
+        runner, config = getattr(self.model, "_switch_runner", None), getattr(self.model, "switch_config", None)
+        held = runner, getattr(runner, "fixed", None)
+        same = len(self._captured) == len(held) and all(a is b for a, b in zip(held, self._captured, strict=True))
+        if not same or (config is not None and config.router_input == "prompt_pooled"):
+            self._graph, self._captured = None, held  # what it reads lies elsewhere now
 
     def _step(self) -> Tensor:
         if not self.graphed:

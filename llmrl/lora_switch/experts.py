@@ -12,11 +12,13 @@ from torch import Tensor
 
 from llmrl.errors import ConfigError, ModelError, UsageError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
-from llmrl.lora_switch.config import SwitchConfig
-from llmrl.lora_switch.folder import base_reference
+from llmrl.fingerprints import fingerprint_weights
+from llmrl.lora_switch.base_identity import base_of
+from llmrl.lora_switch.config import SwitchConfig, is_routed
 from llmrl.lora_switch.model import get_switch_model
 from llmrl.lora_switch.options import ExportConfig
 from llmrl.modeling import read_tensors
+from llmrl.rollout.adapters import check_adapter
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -49,31 +51,26 @@ def import_experts(model: Any, folders: Sequence[Path | str], **options: Any) ->
             odd = sorted(tensors.keys() ^ first[0].keys())[0]
             raise ModelError(f"experts on different layers: only one of {folders[0]} and {folder} adapts {odd}")
     names = sorted(first[0])
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    unknown = [name for name in names if name not in linear]
-    if unknown:
-        raise ModelError(
-            f"{folders[0]} adapts {unknown[0]}, which this model does not have: it belongs to another base"
-        )
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for folder, (tensors, _, _) in zip(folders, read, strict=True):
+        _check_fits(Path(folder), tensors, linear, model)
     for key in ("num_experts", "r", "target_modules", "alpha"):
         if key in options:
             raise ConfigError(f"{key} is what the adapters say: leave it out")
     rank = first[1]
     fields: dict[str, Any] = {"num_experts": len(read), "r": rank, "alpha": float(rank), "target_modules": tuple(names)}
     fields["top_k"] = options.pop("top_k", min(2, len(read)))
-    made = get_switch_model(model, SwitchConfig(**fields, **options))
-    layers = made.switch_layers()
-    left = [name for name in names if name not in layers]
+    config = SwitchConfig(**fields, **options)
+    left = [name for name in names if not is_routed(config, name)]
     if left:
         raise ModelError(
-            f"{left[0]} runs before router_input '{made.switch_config.router_input}' is known, so its experts would be lost: "
+            f"{left[0]} runs before router_input '{config.router_input}' is known, so its experts would be lost: "
             "choose router_input='embedding'"
         )
+    made = get_switch_model(model, config)
     with torch.no_grad():
-        for name, layer in layers.items():
+        for name, layer in made.switch_layers().items():
             pairs = [(tensors[name], scale) for tensors, _, scale in read]
-            if pairs[0][0][0].shape[1] != layer.in_features or pairs[0][0][1].shape[0] != layer.out_features:
-                raise ModelError(f"{folders[0]} adapts {name} of another size: it belongs to another base")
             layer.switch_A.copy_(torch.stack([a for (a, _), _ in pairs]))
             layer.switch_B.copy_(torch.cat([b.float() * scale for (_, b), scale in pairs], 1))
     return made
@@ -96,7 +93,7 @@ def export_mixture(model: Any, weights: Sequence[float] | Mapping[int, float], f
     used = [(e, w) for e, w in enumerate(chosen) if w != 0]
     if not used:
         raise ConfigError("a mixture needs an expert with a weight that is not 0")
-    reference = base_reference(model)
+    reference = model.switch_base
     tensors, rank = {}, len(used) * config.r
     for name, layer in model.switch_layers().items():
         a = layer.switch_A.detach().float()
@@ -144,6 +141,19 @@ def mixture_weights(weights: Sequence[float] | Mapping[int, float], num_experts:
     return found
 
 
+def _check_fits(folder: Path, tensors: dict[str, tuple[Tensor, Tensor]], linear: dict[str, Any], model: Any) -> None:
+    """Refuse an adapter of another base: by names, by sizes, and by the base it names where that lies on this machine."""
+    for name, (a, b) in tensors.items():
+        if name not in linear:
+            raise ModelError(f"{folder} adapts {name}, which this model does not have: it belongs to another base")
+        if a.shape[1] != linear[name].in_features or b.shape[0] != linear[name].out_features:
+            raise ModelError(f"{folder} adapts {name} of another size: it belongs to another base")
+    named = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    own = base_of(model)
+    if own.weights and named and Path(named).is_dir() and fingerprint_weights(named) != own.weights:
+        raise ModelError(f"{folder} was trained on {named}, whose weights are not those of this model ({own.model})")
+
+
 def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], int, float]:
     """Return (layer -> (A [r, in], B [out, r]), rank, factor) of a plain LoRA adapter."""
     if not folder.is_dir():
@@ -157,6 +167,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], int, 
     if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
         what = odd[0] if odd else config.get("peft_type")
         raise ModelError(f"{folder}: expected plain LoRA of one rank, this adapter has {what}")
+    check_adapter(folder)  # variants that are not W + BA on the base as it is
     rank = int(config["r"])
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     tensors = read_tensors(folder / _WEIGHTS)

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrl.errors import HeadMismatchError, LlmrlError, ModelError, UsageError
+from llmrl.errors import HeadMismatchError, ModelError, UsageError
 from llmrl.files import write_json
 from llmrl.fingerprints import fingerprint_weights
 from llmrl.heads import BaseReference
+from llmrl.lora_switch.base_identity import base_of, holds
 from llmrl.lora_switch.config import SwitchConfig
 from llmrl.lora_switch.model import CLASS_PREFIX, SwitchMixin, get_switch_model
 from llmrl.modeling import local_folder, read_tensors
@@ -87,7 +88,7 @@ def save_switch_folder(model: Any, folder: Path, state: Mapping[str, Tensor] | N
     folder.mkdir(parents=True, exist_ok=True)
     described = SwitchFolder(
         model.switch_config,
-        base_reference(model),
+        model.switch_base,
         model.config.model_type,
         type(model).__name__.removeprefix(CLASS_PREFIX),
     )
@@ -107,22 +108,6 @@ def save_switch_folder(model: Any, folder: Path, state: Mapping[str, Tensor] | N
     save_file(switch_tensors(model.state_dict() if state is None else state), str(partial), metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors makes it readable by its owner only
     partial.replace(target)
-
-
-def base_reference(model: Any) -> BaseReference:
-    """Return the identity of the base a switch model was made from; empty where it came from no folder."""
-    if model.switch_base is None:
-        name = str(getattr(model.config, "_name_or_path", "") or "")
-        try:
-            folder = local_folder(name, local_files_only=True) if name else None
-            weights = fingerprint_weights(folder) if folder else ""
-        except (LlmrlError, OSError):
-            folder, weights = None, ""
-        local = folder is not None and Path(name).is_dir()
-        where = str(Path(name).resolve()) if local else name if folder else ""
-        commit = None if local or folder is None else folder.name
-        model.switch_base = BaseReference(where, weights, "", "", commit)
-    return model.switch_base  # type: ignore[no-any-return]
 
 
 def read_switch_folder(folder: Path | str) -> SwitchFolder:
@@ -160,15 +145,17 @@ def load_switch_model(folder: Path | str, *, base: Any = None, **kwargs: Any) ->
     """
     from transformers import AutoModelForCausalLM
 
-    folder = local_folder(folder)
+    own = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "token", "revision") if key in kwargs}
+    folder = local_folder(folder, **own)
     described = read_switch_folder(folder)
     reference = described.base
+    hub = {**own, "revision": reference.revision}
     if base is None:
         if not reference.model:
             raise ModelError(f"{folder} does not name its base (it came from no folder): pass it as base=")
         if kwargs.get("dtype") is None:  # the one it was trained in, which need not be the base's own
             kwargs["dtype"] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") or "auto"
-        kwargs.update(use_safetensors=True, trust_remote_code=False, revision=reference.revision)
+        kwargs.update(use_safetensors=True, trust_remote_code=False, **hub)
         try:
             base = AutoModelForCausalLM.from_pretrained(reference.model, **kwargs)
         except OSError as error:
@@ -176,7 +163,9 @@ def load_switch_model(folder: Path | str, *, base: Any = None, **kwargs: Any) ->
                 f"the base model of {folder} cannot be read at {reference.model}: {str(error).splitlines()[0]}\n"
                 f"put it there, or change {CONFIG_KEY}.base.model in {folder / 'config.json'}"
             ) from error
-        check_base(local_folder(reference.model, revision=reference.revision), reference, folder)
+        check_base(local_folder(reference.model, **hub), reference, folder)
+    elif reference.weights:
+        check_passed_base(base, reference, folder)
     model = get_switch_model(base, described.switch)
     model.switch_base = reference
     load_switch_tensors(model, read_tensors(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
@@ -193,6 +182,21 @@ def check_base(base_folder: Path | str, reference: BaseReference, folder: Path |
         raise HeadMismatchError(
             f"the experts in {folder} were trained on another base: the weights or the configuration in {base_folder} differ\n"
             "use the base they were trained on"
+        )
+
+
+def check_passed_base(base: Any, reference: BaseReference, folder: Path | str) -> None:
+    """Compare a base in memory with the one the experts were trained on, as far as either is on disk.
+
+    Raises:
+        HeadMismatchError: it is another.
+    """
+    loaded = base_of(base)
+    there = Path(reference.model).is_dir() and fingerprint_weights(reference.model) == reference.weights
+    other = loaded.weights != reference.weights if loaded.weights else there and not holds(reference.model, base)
+    if other:
+        raise HeadMismatchError(
+            f"the experts in {folder} were trained on another base than the one passed: use {reference.model}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class ForwardRoute:
         """Return the gates of the rows of x `[..., in]`, `[..., E]`."""
         if self.gates is None:
             raise ModelError("a layer with experts ran before the router: call the model, not its parts")
-        gates = self.gates
+        gates = self.gates.to(x.device)  # another one where a device map splits the model
         if gates.dim() == x.dim() and gates.shape[:-1] == x.shape[:-1]:
             return gates
         if gates.dim() == x.dim():
@@ -59,6 +60,7 @@ class SharedInput:
 
     def __init__(self, layers: list[SwitchLinear]) -> None:
         self._layers = layers
+        self._stamp = stamp(layers)
         # the layers one after the other, as experts of one: each one's products are then a view of all
         self._a = torch.cat([layer.switch_A.detach() for layer in layers])
         self._input: Tensor | None = None
@@ -69,6 +71,8 @@ class SharedInput:
         """Return the gated products `[T, E r]` of `layer` on the rows of x `[..., in]`."""
         experts, rank, width = layer.switch_A.shape
         if self._input is not x:
+            if self._stamp != stamp(self._layers):  # trained, loaded or cast since
+                self.__init__(self._layers)  # type: ignore[misc]
             rows = x.reshape(-1, width).to(self._a.dtype)
             flat = gates.reshape(-1, experts).repeat(1, len(self._layers))
             self._products, _ = routed_shrink(rows, self._a, flat)
@@ -80,6 +84,11 @@ class SharedInput:
         if not self._left:
             self._input = self._products = None
         return own
+
+
+def stamp(layers: Iterable[SwitchLinear]) -> list[tuple[int, int]]:
+    """Return what changes when any tensor of the layers is written in place or replaced."""
+    return [(p._version, p.data_ptr()) for layer in layers for p in (layer.weight, layer.switch_A, layer.switch_B)]
 
 
 class SwitchLinear(nn.Module):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from llmrl.errors import ConfigError, ModelError, did_you_mean
-from llmrl.lora_switch.config import ALL_LINEAR, SwitchConfig, is_routed, layer_number
+from llmrl.heads import BaseReference
+from llmrl.lora_switch.base_identity import base_of
+from llmrl.lora_switch.config import SwitchConfig, is_routed, layer_number
+from llmrl.lora_switch.hooks import decoder_layers, pooled_route, watch
 from llmrl.lora_switch.layer import ForwardRoute, RouteSlot, SharedInput, SwitchLinear
 from llmrl.lora_switch.pack import PACKED
 from llmrl.lora_switch.router import Router, router_site
-from llmrl.lora_switch.routing import balance_loss, dense_gates, usage
+from llmrl.lora_switch.routing import Route, usage
 
-ROUTE_ARGUMENT = "switch_route"
 CLASS_PREFIX = "Switch"
-_IGNORED = -100
 
 
 class SwitchMixin:
@@ -29,10 +30,13 @@ class SwitchMixin:
 
     switch_config: SwitchConfig
     switch_router: Router
-    switch_base: Any  # BaseReference of the base, or None when it came from no folder
+    switch_base: BaseReference  # empty where the base came from no folder
     _switch_now: ForwardRoute | None
     _switch_next: ForwardRoute | None  # of the call whose decoder has not begun
     _switch_off: bool
+    _switch_pooled: Route | None  # of the prompts that are being continued
+    _switch_slots: list[RouteSlot]
+    _switch_handles: list[Any]
     _switch_runner: Any  # a run mode that merges, see llmrl.lora_switch.modes
 
     def switch_layers(self) -> dict[str, SwitchLinear]:
@@ -97,17 +101,50 @@ class SwitchMixin:
     def train(self, mode: bool = True) -> Any:
         """As the base's; training takes back what was packed or merged for inference."""
         if mode:
-            for layer in self.switch_layers().values():
-                layer.shared = None
             self._switch_runner = None
+            for layer in self.switch_layers().values():
+                layer.shared = layer.merged_weight = layer.resident_weights = None
         return super().train(mode)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's; a pooled route is that of the prompts, however they are cached, cut or padded."""
+        if self.switch_config.router_input != "prompt_pooled":
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if ids is None:
+            raise ModelError("router_input 'prompt_pooled' reads the prompt's tokens: give generate() input_ids")
+        self._switch_pooled = pooled_route(self, ids, kwargs.get("attention_mask"))
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._switch_pooled = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the model; hooks and routes are the copy's own."""
+        for handle in self._switch_handles:
+            handle.remove()
+        self._switch_handles, self._switch_now, self._switch_next, self._switch_runner = [], None, None, None
+        for slot in self._switch_slots:
+            slot.now = None
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        watch(self)
+        watch(made)
+        return made
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ModelError("experts do not work with DataParallel: start one process a GPU (torchrun, accelerate launch)")
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+    ) -> None:
         """Write experts and router, not the base: a folder that `load_switch_model`, transformers and vLLM open."""
         from llmrl.lora_switch.folder import save_switch_folder
 
-        is_main = kwargs.get("is_main_process", True)
-        if is_main:
+        if kwargs.get("push_to_hub"):
+            raise ModelError("push_to_hub is not done here: save to a folder and upload it with `hf upload`")
+        if is_main_process:
             save_switch_folder(self, Path(save_directory), state_dict)
 
 
@@ -128,7 +165,7 @@ def get_switch_model(model: Any, config: SwitchConfig) -> Any:
     """
     _check_plain(model)
     layers = decoder_layers(model)
-    site, before = router_site(layers, config)
+    router_site(layers, config)  # refuses what it cannot read
     targets = _targets(model, config)
     slots = [RouteSlot() for _ in layers]
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -141,12 +178,13 @@ def get_switch_model(model: Any, config: SwitchConfig) -> Any:
         setattr(model.get_submodule(parent), leaf, made.train(base.training))
     base_class: Any = type(model)
     model.__class__ = switch_class(base_class)
-    model.switch_config, model.switch_base = config, None
+    model.switch_config, model.switch_base = config, base_of(model)
     hidden = model.config.get_text_config().hidden_size
     model.switch_router = Router(config, hidden).to(next(model.parameters()).device)
     model._switch_now = model._switch_next = model._switch_runner = None
-    model._switch_off = False
-    _watch(model, layers, slots, site, before)
+    model._switch_off, model._switch_pooled = False, None
+    model._switch_slots, model._switch_handles = slots, []
+    watch(model)
     return model
 
 
@@ -156,19 +194,6 @@ def switch_class(base: Any) -> Any:
     return type(
         CLASS_PREFIX + base.__name__, (SwitchMixin, base), {"__module__": __name__, "__doc__": SwitchMixin.__doc__}
     )
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """Return the list of decoder layers.
-
-    Raises:
-        ModelError: none is found.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and layer_number(name + ".0.") == 0:
-            return module
-    raise ModelError(f"{type(model).__name__} has no list of {count} decoder layers named layers, h or blocks")
 
 
 def _check_plain(model: Any) -> None:
@@ -199,136 +224,3 @@ def _targets(model: Any, config: SwitchConfig) -> list[str]:
             f"or another input"
         )
     return found
-
-
-def _watch(model: Any, layers: nn.ModuleList, slots: list[RouteSlot], site: nn.Module, before: bool) -> None:
-    """Hook the model: hooks are called whatever a trainer puts in the place of `forward` (trl does, to save memory)."""
-    _watch_outside(model)
-    _watch_decoder(model)
-
-    def enter(slot: RouteSlot) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            slot.now = kwargs.pop(ROUTE_ARGUMENT, None) or model._switch_now
-            return args, kwargs
-
-        return hook
-
-    for layer, slot in zip(layers, slots, strict=True):
-        layer.register_forward_pre_hook(enter(slot), with_kwargs=True)
-    slot = slots[model.switch_config.router_layer]
-
-    def reads_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        _decide(model, slot.now, args[0] if args else next(iter(kwargs.values())))
-
-    def reads_output(module: nn.Module, args: Any, output: Any) -> None:
-        _decide(model, slot.now, output)
-
-    if before:
-        site.register_forward_pre_hook(reads_input, with_kwargs=True)
-    else:
-        site.register_forward_hook(reads_output)
-
-
-def _watch_outside(model: Any) -> None:
-    """Around a call of the causal LM: the route to be filled, and the balance loss on top of the loss."""
-
-    def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        prompt_mask = kwargs.pop("switch_prompt_mask", None)
-        model._switch_now = model._switch_next = _begin(model, _named(module, args, kwargs), prompt_mask)
-        return args, kwargs
-
-    def end(module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
-        now, coef = model._switch_now, model.switch_config.balance_coef
-        if getattr(out, "loss", None) is not None and model.training and coef and now.route is not None:
-            out.loss = out.loss + coef * _balance(now, _named(module, args, kwargs))
-        return out
-
-    model.register_forward_pre_hook(begin, with_kwargs=True)
-    model.register_forward_hook(end, with_kwargs=True)
-
-
-def _watch_decoder(model: Any) -> None:
-    """Send the route along with the arguments of the decoder layers; make one where the decoder is called by itself."""
-    decoder = model.get_decoder()
-    parameters = inspect.signature(decoder.forward).parameters
-    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-    def begin(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        now, model._switch_next = model._switch_next, None
-        if now is None:
-            prompt_mask = kwargs.pop("switch_prompt_mask", None)
-            now = model._switch_now = _begin(model, _named(module, args, kwargs), prompt_mask)
-        return args, {**kwargs, ROUTE_ARGUMENT: now} if takes_more else kwargs
-
-    decoder.register_forward_pre_hook(begin, with_kwargs=True)
-
-
-def _named(module: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = [
-        n for n, p in inspect.signature(type(module).forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
-    return {**dict(zip(names[1:], args, strict=False)), **kwargs}
-
-
-def _begin(model: Any, given: dict[str, Any], prompt_mask: Tensor | None) -> ForwardRoute:
-    """Return the route to be filled, with the prompt's mask where the router pools over it."""
-    now = ForwardRoute(off=model._switch_off)
-    if model.switch_config.router_input != "prompt_pooled":
-        return now
-    now.cache = given.get("past_key_values")
-    labels, attention = given.get("labels"), given.get("attention_mask")
-    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    kept = None
-    if isinstance(attention, Tensor) and attention.dim() == 2 and tokens is not None:
-        kept = attention[:, -tokens.shape[1] :].bool()
-    if prompt_mask is None and labels is not None:
-        prompt_mask = labels == _IGNORED
-    if prompt_mask is not None:
-        kept = prompt_mask.bool() if kept is None else kept & prompt_mask.bool()
-        if model.training and not bool(kept.any(1).all()):
-            raise ModelError(
-                "router_input 'prompt_pooled' found a row without a prompt (no label is -100): give rows a prompt, or "
-                "switch_prompt_mask [B, T], or choose another router_input"
-            )
-    now.prompt_mask = kept
-    return now
-
-
-def _decide(model: Any, now: ForwardRoute | None, states: Tensor) -> None:
-    """Fill the route from what the router reads, `[B, T, hidden]`."""
-    if now is None or now.off:
-        return
-    config, router = model.switch_config, model.switch_router
-    runner = model._switch_runner
-    if runner is not None and runner.fixed is not None:
-        now.gates = runner.fixed
-    elif config.router_input == "prompt_pooled":
-        route = getattr(now.cache, ROUTE_ARGUMENT, None)
-        if route is None:
-            mask = now.prompt_mask
-            mask = torch.ones(states.shape[:2], device=states.device) if mask is None else mask
-            route = router.pooled(states, mask)
-            if now.cache is not None and not model.training:
-                setattr(now.cache, ROUTE_ARGUMENT, route)
-        now.route = route
-    else:
-        now.route = router(states)
-    if now.route is not None:
-        now.gates = dense_gates(now.route, config.num_experts)
-    if runner is not None:
-        runner.decided(now, states)
-
-
-def _balance(now: ForwardRoute, given: dict[str, Any]) -> Tensor:
-    """Return the balance loss of this pass, weighted as its part of a batch that is summed over several passes."""
-    attention, labels = given.get("attention_mask"), given.get("labels")
-    assert now.route is not None
-    same = isinstance(attention, Tensor) and attention.shape == now.route.probs.shape[:-1]
-    loss = balance_loss(now.route, attention if same else None)
-    items = given.get("num_items_in_batch")
-    if items is None or labels is None:
-        return loss
-    return loss * (labels[..., 1:] != _IGNORED).sum() / items
-
-
-__all__ = ["ALL_LINEAR", "SwitchMixin", "decoder_layers", "get_switch_model", "switch_class"]

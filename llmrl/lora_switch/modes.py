@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmrl.errors import ConfigError, ModelError, did_you_mean
 from llmrl.lora_switch.experts import mixture_weights
-from llmrl.lora_switch.layer import ForwardRoute, SwitchLinear
+from llmrl.lora_switch.layer import ForwardRoute, SwitchLinear, stamp
 from llmrl_kernels.merge_all import MergeItem, MergePlan, subtract_and_add
 
 MODES = ("fused", "merged", "resident", "in_place")
@@ -39,9 +39,8 @@ def set_switch_mode(model: Any, mode: str) -> None:
     if model.training:
         raise ModelError("the model is in training, where experts change: call model.eval() first")
     fixed = None if model._switch_runner is None else model._switch_runner.fixed
-    _release(model)
-    runners = {"fused": _Fused, "merged": _Merged, "resident": _Resident, "in_place": _InPlace}
-    model._switch_runner = runners[mode](model)
+    release(model)
+    model._switch_runner = _RUNNERS[mode](model)
     model._switch_runner.fix(fixed)
 
 
@@ -88,7 +87,9 @@ def merge_items(model: Any, outs: Mapping[str, Tensor]) -> list[MergeItem]:
     ]
 
 
-def _release(model: Any) -> None:
+def release(model: Any) -> None:
+    """Let go of merged copies."""
+    model._switch_runner = None
     for layer in model.switch_layers().values():
         layer.merged_weight = layer.resident_weights = None
 
@@ -97,13 +98,31 @@ class _Fused:
     def __init__(self, model: Any) -> None:
         self.model, self.fixed = model, None
         self.layers: dict[str, SwitchLinear] = model.switch_layers()
+        self._stamp = stamp(self.layers.values())
 
     def fix(self, gates: Tensor | None) -> None:
         """Use `[1, 1, E]` for all tokens."""
         self.fixed = gates
 
-    def decided(self, now: ForwardRoute, states: Tensor) -> None:
-        """Called once a pass, after its route is known and before any layer with experts runs."""
+    def decided(self, now: ForwardRoute) -> None:
+        """Called once a pass, after its route is known and before any layer with experts runs.
+
+        Merged weights have no gradient to the experts; those of a model that was trained, loaded or cast are made anew.
+        """
+        if type(self) is _Fused or torch.is_grad_enabled():
+            return
+        found = self.single(now)
+        if found is None:
+            return
+        if self._stamp != stamp(self.layers.values()):
+            fixed, model = self.fixed, self.model
+            release(model)
+            self.__init__(model)  # type: ignore[misc]
+            self.fixed, model._switch_runner = fixed, self
+        self.use(now, *found)
+
+    def use(self, now: ForwardRoute, ids: Tensor, weights: Tensor) -> None:
+        """Compute the pass with this one route."""
 
     def single(self, now: ForwardRoute) -> tuple[Tensor, Tensor] | None:
         """Return ids `[k]` and weights `[k]` where the pass has one route."""
@@ -123,12 +142,9 @@ class _Merged(_Fused):
         self._plans: dict[int, MergePlan] = {}
         self._last = 0
 
-    def decided(self, now: ForwardRoute, states: Tensor) -> None:
-        """Merge the pass's route where it has one; nothing is written where it is the last one's."""
-        found = self.single(now)
-        if found is None:
-            return
-        count = len(found[0])
+    def use(self, now: ForwardRoute, ids: Tensor, weights: Tensor) -> None:
+        """Merge the route; nothing is written where it is the last one's."""
+        count = len(ids)
         if count not in self._plans:
             outs = {name: layer.merged_weight for name, layer in self.layers.items()}
             items = merge_items(self.model, outs)  # type: ignore[arg-type]
@@ -136,7 +152,7 @@ class _Merged(_Fused):
         if count != self._last:  # another plan wrote last
             self._plans[count].invalidate()
             self._last = count
-        self._plans[count].merge(*found, check=False)
+        self._plans[count].merge(ids, weights, check=False)
         now.merged = True
 
 
@@ -154,11 +170,10 @@ class _Resident(_Fused):
             outs = {name: layer.resident_weights[expert] for name, layer in self.layers.items()}  # type: ignore[index]
             MergePlan(merge_items(model, outs), top_k=1, scale=config.scale).merge([expert], [1.0])
 
-    def decided(self, now: ForwardRoute, states: Tensor) -> None:
-        """Point at the copy of the pass's expert; reading its number waits for the device."""
-        found = self.single(now)
-        if found is not None and self.fixed is None:
-            now.resident = int(found[0][0])
+    def use(self, now: ForwardRoute, ids: Tensor, weights: Tensor) -> None:
+        """Point at the copy of the expert; reading its number waits for the device."""
+        if self.fixed is None:
+            now.resident = int(ids[0])
 
 
 class _InPlace(_Fused):
@@ -172,20 +187,13 @@ class _InPlace(_Fused):
         ]
         self._old: tuple[Tensor, Tensor] | None = None
 
-    def decided(self, now: ForwardRoute, states: Tensor) -> None:
+    def use(self, now: ForwardRoute, ids: Tensor, weights: Tensor) -> None:
         """Subtract the last route's experts and add this one's."""
-        found = self.single(now)
-        if found is None:
-            return
-        self._move(found)
-        now.merged = True
-
-    def _move(self, new: tuple[Tensor, Tensor] | None) -> None:
-        old = self._old
-        same = old is not None and new is not None and all(map(torch.equal, old, new))
-        if not same:
+        old, new = self._old, (ids, weights)
+        if old is None or not all(map(torch.equal, old, new)):
             subtract_and_add(self._items, old, new, scale=self.model.switch_config.scale)
-            self._old = None if new is None else (new[0].clone(), new[1].clone())
+            self._old = ids.clone(), weights.clone()
+        now.merged = True
 
     def drift(self) -> float:
         """Return ||copies - (W + experts)|| / ||W||."""
@@ -201,3 +209,6 @@ class _InPlace(_Fused):
             wrong += float((layer.merged_weight.double() - outs[name].double()).square().sum())
             whole += float(layer.weight.detach().double().square().sum())
         return float((wrong / whole) ** 0.5)
+
+
+_RUNNERS: dict[str, Any] = {"fused": _Fused, "merged": _Merged, "resident": _Resident, "in_place": _InPlace}

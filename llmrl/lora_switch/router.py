@@ -25,7 +25,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         # normed states have a mean square of 1: logits of variance 1
-        self.weight = nn.Parameter(torch.randn(config.num_experts, hidden_size) * hidden_size**-0.5)
+        self.weight = nn.Parameter(
+            torch.randn(config.num_experts, hidden_size, dtype=torch.float32) * hidden_size**-0.5
+        )
 
     def forward(self, states: Tensor) -> Route:
         """Return the route of each row of `[..., hidden]`."""

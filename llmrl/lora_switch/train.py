@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from llmrl.base_model import load_base
 from llmrl.config import to_flat
-from llmrl.errors import UsageError
+from llmrl.errors import ModelError, UsageError
 from llmrl.files import check_output_dir, publish_folder, staging_folder, write_json
 from llmrl.lora_switch.evaluate import evaluate_model, plot_usage, table
 from llmrl.lora_switch.experts import import_experts
@@ -33,6 +33,7 @@ from llmrl.training.tracking import check_tracker
 from llmrl.training.whole_batches import WholeBatchTrainer
 
 STALE = ("config.json", "generation_config.json", "model.safetensors", "report.json", "plots", "README.md")
+_TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 0.05  # of logits; in 16 bits of the largest
 _PROBE = 128  # tokens on which what was saved is compared with what was trained
 
 
@@ -50,8 +51,9 @@ class SwitchTrainer(WholeBatchTrainer, Trainer):
                 {"params": [p for n, p in trained if not n.startswith("switch_router.")]},
                 {"params": [p for n, p in trained if n.startswith("switch_router.")], "lr": self.router_lr},
             ]
+            groups = [{**group, "weight_decay": self.args.weight_decay} for group in groups if group["params"]]
             made, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = made([group for group in groups if group["params"]], **options)
+            self.optimizer = made(groups, **options)
         return super().create_optimizer(*args, **kwargs)
 
 
@@ -105,6 +107,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         print(f"{report['steps']} steps, {report['seconds']:.0f} s", flush=True)
         print(folder, flush=True)
     return report
+
+
+def expected_dtype(model: Any) -> torch.dtype:
+    """Return the dtype of the base."""
+    return next(iter(model.switch_layers().values())).weight.dtype  # type: ignore[no-any-return]
 
 
 def _dtype(config: TrainConfig) -> str:
@@ -185,6 +192,12 @@ def _write(
         expected = model(ids.to(model.device)).logits.float().cpu()
         again = load_switch_model(staging, dtype=next(model.parameters()).dtype)
         report["difference"] = float((again(ids).logits.float() - expected).abs().max())
+    allowed = _TOLERANCE if expected_dtype(model) == torch.float32 else _TOLERANCE_16_BITS * float(expected.abs().max())
+    if not report["difference"] <= allowed:
+        raise ModelError(
+            f"what was saved gives other logits than what was trained (off by {report['difference']:.2g}): is "
+            f"{config.model} still the base it was when training began?"
+        )
     write_json(staging / "report.json", report)
     write_run_files(staging, to_flat(config))
     body = "Open it with `llmrl.lora_switch.load_switch_model(DIR)` or serve it with `llmrl serve DIR`."

@@ -47,6 +47,11 @@ def disk_weights(model: Any) -> dict[str, Tensor]:
                 "WeightSync and GRPO on the engine train with DDP or in one process"
             )
         tensors[plain] = merged.get(plain, parameter.detach())
+    lost = sorted(merged.keys() - tensors.keys())
+    if lost:
+        raise ModelError(
+            f"{lost[0]} has an adapter and shares its weight with another layer: train without it, or untie them"
+        )
     return dict(revert_weight_conversion(model, tensors))
 
 

@@ -27,7 +27,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from llmrl.errors import ModelError
 from llmrl.lora_switch.config import is_routed, layer_number
-from llmrl.lora_switch.folder import ARCHITECTURE_PREFIX, CONFIG_KEY, SwitchFolder, check_served
+from llmrl.lora_switch.folder import ARCHITECTURE_PREFIX, CONFIG_KEY, WEIGHTS_FILE, SwitchFolder, check_served
 from llmrl.lora_switch.pack import PACKED, pack, pad_rank
 from llmrl.lora_switch.router import Router, router_site
 from llmrl.lora_switch.routing import dense_gates
@@ -44,20 +44,25 @@ class SwitchExperts(nn.Module):
         super().__init__()
         config = described.switch
         self.parts, self.scale, self.slices = parts, config.scale, output_slices(layer, len(parts))
+        dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         self.input_slice = input_slice(layer)
         rank = -(-len(parts) * config.r // 16) * 16
-        rows, width = sum(size for _, size in self.slices), self.input_slice[1]
+        rows, width = sum(count for slices in self.slices for _, count in slices), self.input_slice[1]
         self.A = nn.Parameter(torch.zeros(config.num_experts, rank, width, dtype=dtype), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(rows, config.num_experts * rank, dtype=dtype), requires_grad=False)
 
     def packed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's A and B from the tensors of a folder."""
         start, size = self.input_slice
-        own = []
-        for part, (row, rows) in zip(self.parts, self.slices, strict=True):
+        own: list[tuple[Tensor, Tensor] | None] = []
+        for part, slices in zip(self.parts, self.slices, strict=True):
             a, b = (tensors.get(part + ending) for ending in _ENDINGS)
-            own.append(None if a is None or b is None else (a[:, :, start : start + size], b[row : row + rows]))
-        a, b = pad_rank(*pack(own, [rows for _, rows in self.slices]))
+            if a is None or b is None:
+                own.append(None)
+                continue
+            rows = torch.cat([b[row : row + count] for row, count in slices])
+            own.append((a[:, :, start : start + size], rows))
+        a, b = pad_rank(*pack(own, [sum(count for _, count in slices) for slices in self.slices]))
         rank = self.A.shape[1]
         if a.shape[1] < rank:  # not all parts have experts
             a, b = pad_rank(a, b, rank)
@@ -65,24 +70,44 @@ class SwitchExperts(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor, out: Tensor) -> Tensor:
         """Return `out` plus the experts' sum."""
-        rows, result = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+        rows, result = x.reshape(-1, x.shape[-1]).to(self.A.dtype), out.reshape(-1, out.shape[-1])
         gated, _ = routed_shrink(rows, self.A, gates[: len(rows)])
-        return routed_expand(gated, self.B, scale=self.scale, base=result).view_as(out)
+        if result.dtype == gated.dtype:
+            return routed_expand(gated, self.B, scale=self.scale, base=result).view_as(out)
+        return out + routed_expand(gated, self.B, scale=self.scale).view_as(out).to(out.dtype)
 
 
-def output_slices(layer: LinearBase, parts: int) -> list[tuple[int, int]]:
-    """Return (first row, rows) that this rank computes of each part's output."""
+def output_slices(layer: LinearBase, parts: int) -> list[list[tuple[int, int]]]:
+    """Return (first row, rows) that this rank computes of each part; several of a part that is fused on disk, too.
+
+    Raises:
+        ModelError: the layer has another number of parts.
+    """
+    own, whole = _row_slices(layer)
+    if parts == len(own):
+        return [[one] for one in own]
+    if parts != 1:
+        raise ModelError(
+            f"{type(layer).__name__} computes {len(own)} outputs, the base has {parts} layers in its place"
+        )
+    starts = [sum(whole[:i]) for i in range(len(whole))]
+    return [[(start + row, rows) for start, (row, rows) in zip(starts, own, strict=True)]]
+
+
+def _row_slices(layer: LinearBase) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return (first row, rows) of this rank in each output, and the outputs' whole sizes."""
     rank, size = layer.tp_rank, layer.tp_size
     if isinstance(layer, QKVParallelLinear):
         query = layer.num_heads * layer.head_size
         key, value = layer.num_kv_heads * layer.head_size, layer.num_kv_heads * layer.v_head_size
         kv_rank = rank // layer.num_kv_head_replicas
-        return [(rank * query, query), (kv_rank * key, key), (kv_rank * value, value)]
+        heads, kv_heads = layer.total_num_heads, layer.total_num_kv_heads
+        whole = [heads * layer.head_size, kv_heads * layer.head_size, kv_heads * layer.v_head_size]
+        return [(rank * query, query), (kv_rank * key, key), (kv_rank * value, value)], whole
+    whole = list(getattr(layer, "output_sizes", None) or [layer.output_size])
     if isinstance(layer, RowParallelLinear) or size == 1:
-        whole = getattr(layer, "output_sizes", None) or [layer.output_size]
-        return [(0, rows) for rows in whole]
-    whole = getattr(layer, "output_sizes", None) or [layer.output_size]
-    return [(rank * (rows // size), rows // size) for rows in whole]
+        return [(0, rows) for rows in whole], whole
+    return [(rank * (rows // size), rows // size) for rows in whole], whole
 
 
 def input_slice(layer: LinearBase) -> tuple[int, int]:
@@ -142,6 +167,8 @@ def _causal_class(base_architecture: str) -> type:
 def _check(vllm_config: VllmConfig, described: SwitchFolder) -> None:
     if vllm_config.lora_config is not None:
         raise ModelError("experts and vLLM's own LoRA do not go together: start without --enable-lora")
+    if getattr(vllm_config.parallel_config, "use_ubatching", False):
+        raise ModelError("micro-batches would share one route: start without --enable-dbo and --ubatch-size")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ModelError("the route is known on the first pipeline stage alone: use --tensor-parallel-size instead")
 
@@ -165,13 +192,17 @@ def _attach(model: nn.Module, vllm_config: VllmConfig, described: SwitchFolder) 
     rows = vllm_config.scheduler_config.max_num_batched_tokens
     gates = torch.zeros(rows, config.num_experts, dtype=torch.float32, device=device)
     packed = {**PACKED, **(getattr(model, "packed_modules_mapping", None) or {})}
-    own = nn.ModuleDict()
+    own, stored = nn.ModuleDict(), _stored_names(Path(model_config.model))
     for name, layer in model.named_modules():
         if not isinstance(layer, LinearBase) or layer_number(name) is None:
             continue
         parent, _, leaf = name.rpartition(".")
         parts = [f"{parent}.{part}" for part in packed.get(leaf, (leaf,))]
-        if not any(is_routed(config, part) and config.targets(part) for part in parts):
+        if stored is None:
+            adapted = any(is_routed(config, part) and config.targets(part) for part in parts)
+        else:  # vLLM has linear layers where transformers has none: routers of mixtures
+            adapted = any(part + _ENDINGS[0] in stored for part in parts)
+        if not adapted:
             continue
         experts = SwitchExperts(layer, parts, described, model_config.dtype).to(device)
         own[name.replace(".", "-")] = experts
@@ -180,6 +211,17 @@ def _attach(model: nn.Module, vllm_config: VllmConfig, described: SwitchFolder) 
     own["router"] = router
     _watch(model, router, gates, described, model_config.hf_text_config.num_hidden_layers)
     return own
+
+
+def _stored_names(folder: Path) -> set[str] | None:
+    """Return the names of the tensors in a folder; None for a hub name."""
+    from safetensors import safe_open
+
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return None
+    with safe_open(str(path), framework="pt") as tensors:
+        return set(tensors.keys())
 
 
 def _watch(model: nn.Module, router: Router, gates: Tensor, described: SwitchFolder, count: int) -> None:
@@ -193,9 +235,8 @@ def _watch(model: nn.Module, router: Router, gates: Tensor, described: SwitchFol
         decide(args[0])
 
     def reads_output(module: nn.Module, args: Any, output: Any) -> None:
-        decide(
-            output[0] if isinstance(output, tuple) else output
-        )  # with the residual beside it from the second layer on
+        # the residual stands beside it from the second layer on
+        decide(output[0] if isinstance(output, tuple) else output)
 
     if before:
         site.register_forward_pre_hook(reads_input)

@@ -80,6 +80,25 @@ def test_import_refuses_another_base(adapters):
         import_experts(small, adapters)
 
 
+def test_import_refuses_adapters_that_need_another_base(adapters, tmp_path):
+    changed = adapter(tmp_path / "p", 4, init_lora_weights="pissa")
+    with pytest.raises(ModelError, match="init_lora_weights=pissa, which changes the base"):
+        import_experts(base_model(), [changed])
+    for seed, name in ((0, "one"), (5, "two")):
+        base_model(seed=seed).save_pretrained(tmp_path / name)
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    named = adapter(tmp_path / "n", 4, base=one)
+    with pytest.raises(ModelError, match="whose weights are not those of this model"):
+        import_experts(two, [named])
+
+
+def test_import_that_is_refused_leaves_the_model_as_it_was(adapters):
+    model = base_model()
+    with pytest.raises(ModelError, match="so its experts would be lost"):
+        import_experts(model, adapters, router_input="layer0_mlp")
+    assert import_experts(model, adapters).switch_config.num_experts == 3
+
+
 def switch_on_disk(tmp_path, **options):
     base_model().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -32,6 +32,39 @@ def test_modes_agree_token_by_token(mode, router):
             assert now.resident is not None if mode == "resident" else now.merged
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["merged", "in_place", "resident"])
+def test_copies_follow_what_happens_to_the_model(mode):
+    """Experts that are loaded or written, and a cast, after the copies were made."""
+    model, ids = switch_model(**(HARD if mode == "resident" else {})), prompt(1, 1)
+    set_switch_mode(model, mode)
+    model(ids)
+    for layer in model.switch_layers().values():
+        layer.switch_B.mul_(-2.0)
+    found = model(ids).logits
+    set_switch_mode(model, "fused")
+    torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
+    set_switch_mode(model, mode)
+    model(ids)
+    model.bfloat16()
+    assert model(ids).logits.dtype == torch.bfloat16
+
+
+def test_merged_weights_do_not_swallow_gradients():
+    model, ids = switch_model(), prompt(1, 1)
+    set_switch_mode(model, "merged")
+    model(ids).logits.sum().backward()
+    assert float(model.switch_router.weight.grad.abs().max()) > 0
+
+
+def test_training_lets_go_of_the_copies():
+    model = switch_model(**HARD)
+    set_switch_mode(model, "resident")
+    model.train()
+    layers = model.switch_layers().values()
+    assert all(layer.merged_weight is None and layer.resident_weights is None for layer in layers)
+
+
 def test_a_batch_of_routes_is_fused():
     model = switch_model()
     expected = model(prompt()).logits
@@ -40,6 +73,7 @@ def test_a_batch_of_routes_is_fused():
     assert not model._switch_now.merged
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("mode", ["fused", "merged", "in_place"])
 def test_a_fixed_route_holds_for_any_batch(mode):
     model = switch_model()
@@ -96,6 +130,62 @@ def test_modes_that_cannot_be():
         set_switch_mode(switch_model(), "mergd")
     with pytest.raises(ModelError, match="expected gate 'hard' and top_k 1, got 'softmax' and 2"):
         set_switch_mode(switch_model(), "resident")
+
+
+def left_padded():
+    ids, mask = prompt(2), torch.ones(2, 9, dtype=torch.long)
+    ids[0, :4], mask[0, :4] = 0, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "do_sample": True},
+    ],
+)
+@pytest.mark.parametrize("router", ["embedding", "layer0_mlp", "prompt_pooled"])
+def test_a_route_does_not_depend_on_how_one_generates(router, options):
+    """Against a whole forward pass over what was generated, told which tokens are the prompt."""
+    model = switch_model(router_input=router)
+    ids, mask = left_padded()
+    if "prompt_lookup_num_tokens" in options:
+        ids, mask = ids[1:], mask[1:]
+    torch.manual_seed(0)
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(ids, **{"do_sample": False, **settings, **options})
+    if "num_beams" in options:
+        return  # the logits are those of beams that were left: that it runs is what is shown
+    times = out.sequences.shape[0] // ids.shape[0]
+    whole = torch.cat([mask.repeat_interleave(times, 0), torch.ones(len(out.sequences), 8, dtype=torch.long)], 1)
+    told = (
+        {"switch_prompt_mask": torch.cat([whole[:, :9], torch.zeros_like(whole[:, 9:])], 1)}
+        if "pooled" in router
+        else {}
+    )
+    positions = (whole.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = model(out.sequences, attention_mask=whole, position_ids=positions, **told).logits[:, 8:-1]
+    found = torch.stack(out.logits, 1) if "prompt_lookup_num_tokens" not in options else logits
+    torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
+    if options.get("do_sample"):
+        return
+    assert torch.equal(logits.argmax(-1), out.sequences[:, 9:])
+
+
+@torch.no_grad()
+def test_a_cache_the_model_made_carries_the_prompts_route():
+    model, ids = switch_model(router_input="prompt_pooled"), prompt(2)
+    made = model(ids[:, :8], use_cache=True).past_key_values
+    found = model(ids[:, 8:], past_key_values=made).logits
+    told = torch.ones_like(ids)
+    told[:, 8:] = 0
+    torch.testing.assert_close(found, model(ids, switch_prompt_mask=told).logits[:, 8:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("router", ["embedding", "layer0_mlp", "layer_k", "prompt_pooled"])

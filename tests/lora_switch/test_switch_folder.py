@@ -87,6 +87,36 @@ def test_another_base_is_refused(tmp_path):
         load_switch_model(folder)
 
 
+def test_another_base_that_is_passed_is_refused(tmp_path):
+    _, folder = saved(tmp_path)
+    with pytest.raises(HeadMismatchError, match="another base than the one passed"):
+        load_switch_model(folder, base=base_model(seed=5))
+    base_model(seed=5).save_pretrained(tmp_path / "other")
+    with pytest.raises(HeadMismatchError, match="another base than the one passed"):
+        load_switch_model(folder, base=AutoModelForCausalLM.from_pretrained(tmp_path / "other"))
+    assert load_switch_model(folder, base=base_model()).switch_config.num_experts == 4
+
+
+def test_a_base_that_was_changed_in_memory_is_not_named(tmp_path):
+    """Merged into, say: the folder it came from is no longer what the experts sit on."""
+    base_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    get_switch_model(model, SwitchConfig(num_experts=2, r=2)).save_pretrained(tmp_path / "switch")
+    assert read_switch_folder(tmp_path / "switch").base.model == ""
+    with pytest.raises(ModelError, match="does not name its base"):
+        load_switch_model(tmp_path / "switch")
+
+
+def test_other_processes_than_the_first_write_nothing(tmp_path):
+    model, _ = saved(tmp_path)
+    model.save_pretrained(tmp_path / "nothing", False)
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(ModelError, match="push_to_hub is not done here"):
+        model.save_pretrained(tmp_path / "nothing", push_to_hub=True)
+
+
 def test_a_base_that_is_gone_is_named(tmp_path):
     _, folder = saved(tmp_path)
     shutil.rmtree(tmp_path / "base")

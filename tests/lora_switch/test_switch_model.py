@@ -115,8 +115,58 @@ def test_pooled_route_is_the_prompts():
 
 def test_pooled_needs_a_prompt():
     model, ids = switch_model(**INPUTS["prompt_pooled"]).train(), prompt()
-    with pytest.raises(ModelError, match="found a row without a prompt"):
-        model(input_ids=ids, labels=ids)
+    for mode in (True, False):
+        with pytest.raises(ModelError, match="found a row without a prompt"):
+            model.train(mode)(input_ids=ids, labels=ids)
+    model.train()
+    with pytest.raises(ModelError, match="cannot tell the prompt from the answer"):
+        model(input_ids=ids)
+    labels = torch.full_like(ids, -100)
+    packed = torch.arange(9).remainder(5)[None].expand(2, 9)
+    with pytest.raises(ModelError, match="turn packing off"):
+        model(input_ids=ids, labels=labels, position_ids=packed)
+
+
+def test_pooled_route_of_an_answer_is_not_the_futures():
+    """In a talk of several turns the first prompt alone decides: what the user says later is in no earlier logit."""
+    model, ids = switch_model(**INPUTS["prompt_pooled"]), prompt()
+    labels = ids.clone()
+    labels[:, :3] = labels[:, 6:8] = -100
+    before = model(input_ids=ids, labels=labels).logits
+    other = ids.clone()
+    other[:, 6:8] = 7
+    torch.testing.assert_close(model(input_ids=other, labels=labels).logits[:, :6], before[:, :6])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", INPUTS)
+def test_a_copy_routes_by_itself(which):
+    model, ids = switch_model(**INPUTS[which]), prompt()
+    model(ids)
+    made = copy.deepcopy(model)
+    other = ids.flip(1)
+    torch.testing.assert_close(made(other).logits, model(other).logits)
+    made.switch_router.weight.mul_(-1)
+    stir(made, seed=7)
+    before = model(ids).logits
+    assert (made(ids).logits - before).abs().max() > 0.1
+    assert torch.equal(model(ids).logits, before)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    torch.testing.assert_close(averaged(other).logits, model(other).logits)
+
+
+def test_balance_loss_of_a_tuple_and_where_there_is_no_loss(caplog):
+    ids = prompt()
+    model, plain = switch_model(balance_coef=0.5).train(), switch_model(balance_coef=0.0).train()
+    more, less = (m(input_ids=ids, labels=ids, return_dict=False)[0] for m in (model, plain))
+    assert float(more - less) > 0.4
+    model(input_ids=ids)
+    assert "the balance loss is not part of the loss" in caplog.text
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(ModelError, match="start one process a GPU"):
+        switch_model()._replicate_for_data_parallel()
 
 
 @pytest.mark.parametrize("which", INPUTS)

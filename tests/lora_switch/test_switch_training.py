@@ -152,6 +152,20 @@ def test_fsdp2_on_two_processes_gives_the_gradients_of_one(router, tmp_path):
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_router_has_a_rate_and_the_same_decay(tmp_path):
+    from transformers import TrainingArguments
+
+    from llmrl.lora_switch.train import SwitchTrainer
+
+    model = get_switch_model(base_model(), SwitchConfig(num_experts=4, r=2))
+    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-2, weight_decay=0.3, report_to=[], use_cpu=True)
+    made = SwitchTrainer(model=model, args=args, train_dataset=rows())
+    made.router_lr = 1e-3
+    groups = made.create_optimizer().param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-2, 0.3), (1e-3, 0.3)]
+    assert [len(group["params"]) for group in groups] == [42, 1]
+
+
 def test_router_only_trains_the_router_alone(tmp_path, four_rows):
     from llmrl.lora_switch.options import TrainConfig
     from llmrl.lora_switch.train import train

@@ -227,18 +227,30 @@ def test_a_thousand_syncs_of_a_bfloat16_lora_leave_no_trace_where_merging_in_pla
     name = "model.layers.0.mlp.up_proj"
     layer = model.get_base_model().get_submodule(name)
     base = layer.get_base_layer().weight.detach().clone()
-    first = disk_weights(model)[f"{name}.weight"]
     exact = base.double() + layer.get_delta_weight("default").double()
+    start, first = layer.lora_B["default"].weight.detach().clone(), disk_weights(model)[f"{name}.weight"]
     assert (first.double() - exact).abs().max() <= 2.0**-8 * exact.abs().max()  # one rounding
-    for _ in range(1000):
-        last = weights_module._merged_layers(model)[f"{name}.weight"]
-    assert torch.equal(last, first)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):  # a trainer that moves on between updates
+        layer.lora_B["default"].weight.data = start * torch.rand(1, generator=generator).to(torch.bfloat16)
+        weights_module._merged_layers(model)
+    layer.lora_B["default"].weight.data = start
+    assert torch.equal(weights_module._merged_layers(model)[f"{name}.weight"], first)
     assert torch.equal(layer.get_base_layer().weight, base)
     # how trl does it: merge into the weights, send them, take the adapter out again
     for _ in range(1000):
+        layer.lora_B["default"].weight.data = start * torch.rand(1, generator=generator).to(torch.bfloat16)
         layer.merge()
         layer.unmerge()
-    assert not torch.equal(layer.get_base_layer().weight, base)
+    moved = layer.get_base_layer().weight.double() - base.double()
+    assert moved.norm() / base.double().norm() > 1e-3
+
+
+def test_an_adapter_on_a_tied_output_layer_is_refused():
+    """Its weight is the embedding's, which has no adapter: what would be sent is the base."""
+    model = lora(trainer(STORIES), target_modules=["lm_head", "q_proj"])
+    with pytest.raises(ModelError, match=r"lm_head.weight has an adapter and shares its weight"):
+        disk_weights(model)
 
 
 def test_adapters_side_by_side_and_other_ranks_are_merged_by_one_launch(monkeypatch):

@@ -13,6 +13,7 @@ SWITCHED = {
     "switch-llama-v-down": ("LlamaForCausalLM", {"target_modules": ("v_proj", "up_proj", "down_proj"), "r": 5}),
     "switch-qwen2-mlp": ("Qwen2ForCausalLM", MLP0),
     "switch-qwen3": ("Qwen3ForCausalLM", LAYER1),
+    "switch-phi3": ("Phi3ForCausalLM", {}),  # q, k and v are one layer on disk too
     "switch-mistral": ("MistralForCausalLM", MLP0 | {"num_experts": 3, "top_k": 3}),
     "switch-gemma2": ("Gemma2ForCausalLM", {"alpha": 24.0}),  # its soft caps leave little of a small change
     "switch-gemma2-mlp": ("Gemma2ForCausalLM", MLP0 | {"alpha": 24.0}),
