@@ -80,7 +80,6 @@ UP = {"u": torch.zeros(4, 1, 2), "B": ONE.B, "ids": ONE.ids, "scale": 1.0, "base
         ({"x": ONE.x[None]}, ValueError, "x: expected [T, in] with no empty dimension, got [1, 4, 8]"),
         ({"A": ONE.A.clone().requires_grad_()}, ValueError, "routed_shrink_gathered has no gradient"),
     ],
-    ids=str,
 )
 def test_shrink_gathered_refuses_what_does_not_fit(changes, error, words):
     with pytest.raises(error, match=re.escape(words)):
@@ -98,7 +97,6 @@ def test_shrink_gathered_refuses_what_does_not_fit(changes, error, words):
         ({"base": ONE.base.bfloat16()}, TypeError, "base: expected torch.float32, the dtype of u, got torch.bfloat16"),
         ({"B": ONE.B.clone().requires_grad_()}, ValueError, "routed_expand_gathered has no gradient"),
     ],
-    ids=str,
 )
 def test_expand_gathered_refuses_what_does_not_fit(changes, error, words):
     with pytest.raises(error, match=re.escape(words)):

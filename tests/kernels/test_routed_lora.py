@@ -211,7 +211,6 @@ ONE = layer_of((4, 8, 6, 3, 2, 1))
         ({"gates": ONE.gates.to("meta")}, ValueError, "gates: expected a tensor on cpu, the device of x, got meta"),
         ({"backend": "cuda"}, ValueError, "backend: expected 'auto', 'torch' or 'triton', got 'cuda'"),
     ],
-    ids=str,
 )
 def test_refuses_what_does_not_fit(changes, error, words):
     inputs = {"x": ONE.x, "A": ONE.A, "B": ONE.B, "gates": ONE.gates, "scale": 1.0, "base": ONE.base} | changes

@@ -54,7 +54,6 @@ MANY = layer_of((17, 8, 6, 3, 2, 1))
         ({"W": ONE.W.clone().requires_grad_()}, ValueError, "switch_linear has no gradient"),
         ({"fused": True, "backend": "torch"}, ValueError, "fused: expected the Triton kernel, got plain torch on cpu"),
     ],
-    ids=str,
 )
 def test_switch_linear_refuses_what_does_not_fit(changes, error, words):
     inputs = {"x": ONE.x, "W": ONE.W, "A": ONE.A, "B": ONE.B, "gates": ONE.gates, "scale": 1.0, "bias": ONE.bias}
