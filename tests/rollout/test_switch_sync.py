@@ -69,3 +69,24 @@ def test_what_a_switch_model_sends_is_what_its_folder_holds(switch):
     model, folder = switch
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert disk_weights(model).keys() == set(file.keys())
+
+
+def test_a_fixed_mixture_is_an_adapter_that_vllm_serves(switch, tmp_path):
+    from llmrl.lora_switch import export_mixture, fix_route, load_switch_model
+    from llmrl.rollout.vllm_engine import VllmEngine
+
+    _, folder = switch
+    model = load_switch_model(folder)
+    adapter = export_mixture(model, {0: 0.3, 2: 0.7}, tmp_path / "mixture")
+    ids = list(range(3, 40))
+    options = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "max_model_len": 256, "max_lora_rank": 8}
+    with VllmEngine(str(STORIES), **options) as engine:
+        alone = engine.score(ids)
+        engine.update(adapter)
+        found = engine.score(ids)
+    fix_route(model, {0: 0.3, 2: 0.7})
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [float(logprobs[i, token]) for i, token in enumerate(ids[1:])]
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-3
+    assert max(abs(a - b) for a, b in zip(found, alone, strict=True)) > 0.05
