@@ -5,6 +5,7 @@ from llmrl_kernels.merge_all import MergeItem, MergePlan, merge_all_reference, m
 from llmrl_kernels.routed_gathered import (
     routed_expand_gathered,
     routed_expand_gathered_reference,
+    routed_lora_gathered,
     routed_shrink_gathered,
     routed_shrink_gathered_reference,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "routed_expand_gathered_reference",
     "routed_expand_reference",
     "routed_lora",
+    "routed_lora_gathered",
     "routed_lora_reference",
     "routed_shrink",
     "routed_shrink_gathered",

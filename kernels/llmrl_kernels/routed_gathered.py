@@ -2,14 +2,18 @@
 
     u_s = w_s A[ids_s] x,   y = base + scale * sum_s B[ids_s] u_s       for the slots s = 1..k of a token
 
-For ranks where reading, or multiplying with, all E experts costs: beyond E*r of about 256. Forward only. What an expert holds
-that a token did not choose, NaN included, never reaches that token. Deterministic; launches depend on sizes, never on routes.
+For ranks where reading, or multiplying with, all E experts costs: beyond E*r of about 256. What an expert holds that a token
+did not choose, NaN included, never reaches that token. Deterministic; launches depend on sizes, never on routes. The
+backward pass of `routed_lora_gathered` takes the dense products of `routed_lora`, whose shapes are fixed too.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llmrl_kernels.backends import (
     expect_alike,
@@ -20,7 +24,70 @@ from llmrl_kernels.backends import (
     sum_dtype,
     use_triton,
 )
-from llmrl_kernels.routed_lora import check_weights
+from llmrl_kernels.routed_lora import check_weights, gradients
+
+
+def routed_lora_gathered(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    scale: float,
+    *,
+    base: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return base + scale * sum_s w_s B[ids_s] A[ids_s] x, with gradients to x, A, B, weights and base.
+
+    Args:
+        x: `[T, in]`.
+        A: `[E, r, in]` in x's dtype.
+        B: `[out, E*r]` in x's dtype.
+        ids: `[T, k]` int32, no expert twice in a row.
+        weights: `[T, k]` float32 (or float64 beside a float64 x).
+        scale: factor of the whole mixture.
+        base: `[T, out]` in x's dtype; None is 0.
+        backend: as in `routed_shrink_gathered`.
+
+    Returns:
+        `[T, out]` in x's dtype.
+
+    Raises:
+        ValueError: shapes, devices or ids do not fit, or the backend cannot run.
+        TypeError: dtypes do not fit.
+    """
+    return _Gathered.apply(x, A, B, weights, base, ids, float(scale), backend)  # type: ignore[no-any-return]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        weights: Tensor,
+        base: Tensor | None,
+        ids: Tensor,
+        scale: float,
+        backend: str,
+    ) -> Tensor:
+        u, h = routed_shrink_gathered(x, A, ids, weights, backend=backend)
+        ctx.save_for_backward(x, A, B, weights, ids, h)
+        ctx.scale = scale
+        return routed_expand_gathered(u, B, ids, scale=scale, base=base, backend=backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, weights, ids, h = ctx.saved_tensors
+        at = ids.long()
+        gates = weights.new_zeros(len(x), len(A)).scatter_(1, at, weights)
+        dense = h.new_zeros(len(x), *A.shape[:2]).scatter_(1, at[:, :, None].expand_as(h), h).flatten(1)
+        dx, da, db, dgates = gradients(x, A, B, gates, dense, ctx.scale, dy, ctx.needs_input_grad[:4])
+        chosen = None if dgates is None else dgates.gather(1, at)
+        return dx, da, db, chosen, dy if ctx.needs_input_grad[4] else None, None, None, None
 
 
 def routed_shrink_gathered(
@@ -50,7 +117,7 @@ def routed_shrink_gathered(
     _check_ids(ids, "x", x)
     expect_shape("weights", weights, tuple(ids.shape), "[T, k] as of ids")
     check_weights("weights", weights, x)
-    expect_no_gradient("routed_shrink_gathered", "use routed_lora", x, A, weights)
+    expect_no_gradient("routed_shrink_gathered", "use routed_lora_gathered", x, A, weights)
     if use_triton(backend, x) and len(x):
         from llmrl_kernels.routed_gathered_triton import FEW_TOKENS, shrink_gathered
 
@@ -95,7 +162,7 @@ def routed_expand_gathered(
     expect_shape("ids", ids, tuple(u.shape[:2]), "[T, k] as of u")
     if base is not None:
         expect_shape("base", base, (len(u), len(B)), "[T, out]")
-    expect_no_gradient("routed_expand_gathered", "use routed_lora", u, B, base)
+    expect_no_gradient("routed_expand_gathered", "use routed_lora_gathered", u, B, base)
     if use_triton(backend, u) and len(u):
         from llmrl_kernels.routed_gathered_triton import FEW_TOKENS, expand_gathered
 

@@ -11,6 +11,7 @@ Sums are taken in float32 (float64 for float64), the gate is applied there, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,21 +90,31 @@ class _RoutedLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, gates, h = ctx.saved_tensors
-        for_x, for_a, for_b, for_gates, for_base = ctx.needs_input_grad[:5]
-        with torch.autocast(dy.device.type, enabled=False):
-            dx = da = db = dgates = None
-            gate = gates[:, :, None]
-            if for_b:
-                gated = torch.where(gate == 0, 0, _by_expert(h, A) * (gate * ctx.scale)).to(x.dtype)
-                db = dy.T @ gated.flatten(1)
-            if for_x or for_a or for_gates:
-                du = _by_expert(dy @ B, A) * ctx.scale
-                if for_gates:
-                    dgates = (du * _by_expert(h, A)).sum(-1).to(gates.dtype)
-                dh = torch.where(gate == 0, 0, du * gate).to(x.dtype).flatten(1)
-                dx = dh @ A.flatten(0, 1) if for_x else None
-                da = (dh.T @ x).view_as(A) if for_a else None
-        return dx, da, db, dgates, dy if for_base else None, None, None
+        dx, da, db, dgates = gradients(x, A, B, gates, h, ctx.scale, dy, ctx.needs_input_grad[:4])
+        return dx, da, db, dgates, dy if ctx.needs_input_grad[4] else None, None, None
+
+
+def gradients(
+    x: Tensor, A: Tensor, B: Tensor, gates: Tensor, h: Tensor | None, scale: float, dy: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, A, B and gates, each where it is needed, for dy `[T, out]`; h `[T, E*r]` is ungated."""
+    for_x, for_a, for_b, for_gates = needed
+    dx = da = db = dgates = None
+    with torch.autocast(dy.device.type, enabled=False):
+        gate = gates[:, :, None]
+        if for_b:
+            assert h is not None
+            gated = torch.where(gate == 0, 0, _by_expert(h, A) * (gate * scale)).to(x.dtype)
+            db = dy.T @ gated.flatten(1)
+        if for_x or for_a or for_gates:
+            du = _by_expert(dy @ B, A) * scale
+            if for_gates:
+                assert h is not None
+                dgates = (du * _by_expert(h, A)).sum(-1).to(gates.dtype)
+            dh = torch.where(gate == 0, 0, du * gate).to(x.dtype).flatten(1)
+            dx = dh @ A.flatten(0, 1) if for_x else None
+            da = (dh.T @ x).view_as(A) if for_a else None
+    return dx, da, db, dgates
 
 
 def _by_expert(h: Tensor, A: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmrl.errors import ModelError
+from llmrl.lora_switch.pack import pack
 from llmrl.lora_switch.routing import Route
 from llmrl_kernels.routed_lora import routed_expand, routed_lora, routed_shrink
 
@@ -61,8 +62,7 @@ class SharedInput:
     def __init__(self, layers: list[SwitchLinear]) -> None:
         self._layers = layers
         self._stamp = stamp(layers)
-        # the layers one after the other, as experts of one: each one's products are then a view of all
-        self._a = torch.cat([layer.switch_A.detach() for layer in layers])
+        self._a, _ = pack([(layer.switch_A.detach(), layer.switch_B.detach()) for layer in layers])
         self._input: Tensor | None = None
         self._products: Tensor | None = None
         self._left = 0

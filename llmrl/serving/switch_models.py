@@ -28,28 +28,31 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from llmrl.errors import ModelError
 from llmrl.lora_switch.config import is_routed, layer_number
 from llmrl.lora_switch.folder import ARCHITECTURE_PREFIX, CONFIG_KEY, WEIGHTS_FILE, SwitchFolder, check_served
-from llmrl.lora_switch.pack import PACKED, pack, pad_rank
+from llmrl.lora_switch.pack import PACKED, pack
 from llmrl.lora_switch.router import Router, router_site
 from llmrl.lora_switch.routing import dense_gates
 from llmrl_kernels.routed_lora import routed_expand, routed_shrink
 
 OWN = "llmrl_switch"
 _ENDINGS = (".switch_A", ".switch_B")
+_MOST_PACKED = 3  # q, k and v
 
 
 class SwitchExperts(nn.Module):
-    """The experts of one of vLLM's linear layers, its parts packed: A `[E, n r, in]` and B `[out, E n r]` of this rank."""
+    """The experts of one of vLLM's linear layers, its parts packed: A `[n E, r, in]` and B `[out, n E r]` of this rank."""
 
-    def __init__(self, layer: LinearBase, parts: list[str], described: SwitchFolder, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: LinearBase, parts: list[str], adapted: int, described: SwitchFolder, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         config = described.switch
         self.parts, self.scale, self.slices = parts, config.scale, output_slices(layer, len(parts))
         dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         self.input_slice = input_slice(layer)
-        rank = -(-len(parts) * config.r // 16) * 16
+        experts = adapted * config.num_experts
         rows, width = sum(count for slices in self.slices for _, count in slices), self.input_slice[1]
-        self.A = nn.Parameter(torch.zeros(config.num_experts, rank, width, dtype=dtype), requires_grad=False)
-        self.B = nn.Parameter(torch.zeros(rows, config.num_experts * rank, dtype=dtype), requires_grad=False)
+        self.A = nn.Parameter(torch.zeros(experts, config.r, width, dtype=dtype), requires_grad=False)
+        self.B = nn.Parameter(torch.zeros(rows, experts * config.r, dtype=dtype), requires_grad=False)
 
     def packed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's A and B from the tensors of a folder."""
@@ -62,16 +65,13 @@ class SwitchExperts(nn.Module):
                 continue
             rows = torch.cat([b[row : row + count] for row, count in slices])
             own.append((a[:, :, start : start + size], rows))
-        a, b = pad_rank(*pack(own, [sum(count for _, count in slices) for slices in self.slices]))
-        rank = self.A.shape[1]
-        if a.shape[1] < rank:  # not all parts have experts
-            a, b = pad_rank(a, b, rank)
+        a, b = pack(own, [sum(count for _, count in slices) for slices in self.slices])
         return {"A": a, "B": b}
 
     def forward(self, x: Tensor, gates: Tensor, out: Tensor) -> Tensor:
         """Return `out` plus the experts' sum."""
         rows, result = x.reshape(-1, x.shape[-1]).to(self.A.dtype), out.reshape(-1, out.shape[-1])
-        gated, _ = routed_shrink(rows, self.A, gates[: len(rows)])
+        gated, _ = routed_shrink(rows, self.A, gates[: len(rows), : len(self.A)])
         if result.dtype == gated.dtype:
             return routed_expand(gated, self.B, scale=self.scale, base=result).view_as(out)
         return out + routed_expand(gated, self.B, scale=self.scale).view_as(out).to(out.dtype)
@@ -190,7 +190,8 @@ def _attach(model: nn.Module, vllm_config: VllmConfig, described: SwitchFolder) 
     config, model_config = described.switch, vllm_config.model_config
     device = next(model.parameters()).device
     rows = vllm_config.scheduler_config.max_num_batched_tokens
-    gates = torch.zeros(rows, config.num_experts, dtype=torch.float32, device=device)
+    # once for each of the layers that are packed into one
+    gates = torch.zeros(rows, _MOST_PACKED * config.num_experts, dtype=torch.float32, device=device)
     packed = {**PACKED, **(getattr(model, "packed_modules_mapping", None) or {})}
     own, stored = nn.ModuleDict(), _stored_names(Path(model_config.model))
     for name, layer in model.named_modules():
@@ -199,12 +200,12 @@ def _attach(model: nn.Module, vllm_config: VllmConfig, described: SwitchFolder) 
         parent, _, leaf = name.rpartition(".")
         parts = [f"{parent}.{part}" for part in packed.get(leaf, (leaf,))]
         if stored is None:
-            adapted = any(is_routed(config, part) and config.targets(part) for part in parts)
+            adapted = [is_routed(config, part) and config.targets(part) for part in parts]
         else:  # vLLM has linear layers where transformers has none: routers of mixtures
-            adapted = any(part + _ENDINGS[0] in stored for part in parts)
-        if not adapted:
+            adapted = [part + _ENDINGS[0] in stored for part in parts]
+        if not any(adapted):
             continue
-        experts = SwitchExperts(layer, parts, described, model_config.dtype).to(device)
+        experts = SwitchExperts(layer, parts, sum(adapted), described, model_config.dtype).to(device)
         own[name.replace(".", "-")] = experts
         layer.quant_method = SwitchMethod(layer.quant_method, experts, gates)
     router = Router(config, model_config.hf_text_config.hidden_size).requires_grad_(False).to(device).eval()
@@ -229,7 +230,8 @@ def _watch(model: nn.Module, router: Router, gates: Tensor, described: SwitchFol
     site, before = router_site(layers, described.switch)
 
     def decide(states: Tensor) -> None:
-        gates[: states.shape[0]].copy_(dense_gates(router(states), described.switch.num_experts))
+        found = dense_gates(router(states), described.switch.num_experts)
+        gates[: states.shape[0]].copy_(found.repeat(1, _MOST_PACKED))
 
     def reads_input(module: nn.Module, args: Any) -> None:
         decide(args[0])

@@ -10,6 +10,7 @@ from llmrl_kernels import (
     routed_expand_gathered,
     routed_expand_gathered_reference,
     routed_lora,
+    routed_lora_gathered,
     routed_shrink_gathered,
     routed_shrink_gathered_reference,
 )
@@ -101,3 +102,29 @@ def test_shrink_gathered_refuses_what_does_not_fit(changes, error, words):
 def test_expand_gathered_refuses_what_does_not_fit(changes, error, words):
     with pytest.raises(error, match=re.escape(words)):
         routed_expand_gathered(**(UP | changes))
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_gradients_of_the_gathered_mixture_are_those_of_the_dense_one(base):
+    torch.manual_seed(0)
+    tokens, width, out, experts, rank = 7, 10, 6, 5, 3
+    shapes = [(tokens, width), (experts, rank, width), (out, experts * rank), (tokens, 2)]
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    under = torch.randn(tokens, out, dtype=torch.float64, requires_grad=True) if base else None
+    ids = torch.stack([torch.randperm(experts)[:2] for _ in range(tokens)]).int()
+
+    def gathered(x, a, b, weights):
+        return routed_lora_gathered(x, a, b, ids, weights, 0.7, base=under)
+
+    def dense(x, a, b, weights):
+        gates = weights.new_zeros(tokens, experts).scatter(1, ids.long(), weights)
+        return routed_lora(x, a, b, gates, 0.7, base=under)
+
+    torch.testing.assert_close(gathered(*inputs), dense(*inputs))
+    of = [*inputs, under] if base else inputs
+    seed = torch.randn(tokens, out, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad(gathered(*inputs), of, seed), torch.autograd.grad(dense(*inputs), of, seed), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    assert torch.autograd.gradcheck(gathered, inputs)
