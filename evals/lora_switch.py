@@ -54,7 +54,7 @@ class Options:
     part: str = option("all", choices=("all", "tune", "compare"), help="what to run")
     model: str = option("examples/tiny_lm", help="the base")
     seeds: int = option(3, help="runs a way")
-    ablation_seeds: int = option(1, help="of the last two ways")
+    ablation_seeds: int = option(3, help="of the last two ways")
     batch_size: int = option(8, help="rows a step")
     max_length: int = option(192, help="longer rows are left out and counted")
     epochs: float = option(0.5, help="passes over the data")
@@ -138,6 +138,11 @@ def compare(options: Options, rates: dict[str, float]) -> dict[str, Any]:
     return runs
 
 
+def _shown(options: Options) -> dict[str, Any]:
+    """Return the options that a number depends on: no folders."""
+    return {k: v for k, v in asdict(options).items() if k not in ("output_dir", "work_dir", "part")}
+
+
 def main(argv: list[str]) -> int:
     """Tune, compare, write."""
     options = parse_config(Options, argv, prog="evals/lora_switch.py", description="Routed experts against LoRA.")
@@ -152,7 +157,7 @@ def main(argv: list[str]) -> int:
     result = {
         "command": f"python evals/lora_switch.py --model {options.model} --output_dir evals/results",
         "environment": environment(),
-        "options": {**asdict(options), "rates": rates, "ways": WAYS},
+        "options": {**_shown(options), "rates": rates, "ways": WAYS},
         "base": {k: v for k, v in base_losses(options).items() if k != "rows"},
         "runs": runs,
         "against": {
