@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from llmrl.auto_classes import class_by_name, make_classes, transformers_class
 from llmrl.errors import ModelError
 from llmrl.files import write_json
 from llmrl.fingerprints import check_weights, fingerprint_weights, weight_files
@@ -52,14 +53,6 @@ class LlmrlConfig(PreTrainedConfig):
         model_class = model_class_for(heads.base_architecture)
         fields = {**config_dict, "model_type": heads.base_model_type}
         return model_class.config_class.from_dict(fields, **kwargs)
-
-
-class _HeadsConfigMixin:
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        result = super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        path = Path(save_directory) / "config.json"
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "model_type": MODEL_TYPE})
-        return result
 
 
 class HeadsModelMixin(LogitsHeadsMixin):
@@ -128,48 +121,19 @@ def model_class_for(architecture: str) -> Any:
     Raises:
         ModelError: transformers has no such causal LM.
     """
-    import transformers
-
-    base = getattr(transformers, architecture, None)
-    if base is None or not hasattr(base, "forward"):
-        raise ModelError(
-            f"transformers {transformers.__version__} has no class {architecture}: install one that has it"
-        )
-    base_config = base.config_class
-    name = CLASS_PREFIX + base_config.__name__
-    config_class = type(
-        name, (_HeadsConfigMixin, base_config), {"__module__": __name__, "__doc__": base_config.__doc__}
-    )
-    model_class = type(
-        CLASS_PREFIX + architecture,
-        (HeadsModelMixin, base),
-        {
-            "__module__": __name__,
-            "__doc__": f"{architecture} with llmrl heads.",
-            "config_class": config_class,
-            "forward": forward_with_heads(base.forward),
-            "_keys_to_ignore_on_load_missing": [r"^llmrl_heads\."],
-            "_keys_to_ignore_on_load_unexpected": [r"^llmrl_heads\."],
-        },
-    )
-    transformers.AutoModelForCausalLM.register(config_class, model_class)
-    # by name in this module, so that pickle finds them: vLLM sends the configuration to its worker processes
-    globals()[name], globals()[model_class.__name__] = config_class, model_class
-    return model_class
+    base = transformers_class(architecture)
+    body = {
+        "__doc__": f"{architecture} with llmrl heads.",
+        "forward": forward_with_heads(base.forward),
+        "_keys_to_ignore_on_load_missing": [r"^llmrl_heads\."],
+        "_keys_to_ignore_on_load_unexpected": [r"^llmrl_heads\."],
+    }
+    return make_classes(base, CLASS_PREFIX, MODEL_TYPE, globals(), (HeadsModelMixin,), body)
 
 
 def __getattr__(name: str) -> Any:
-    """Make `LlmrlXForCausalLM` and `LlmrlXConfig` on first access (unpickling in a fresh process does this)."""
-    if name.startswith(CLASS_PREFIX):
-        base = name.removeprefix(CLASS_PREFIX)
-        if base.endswith("Config"):
-            import transformers
-            from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-            causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[getattr(transformers, base)]
-            return model_class_for(causal_lm.__name__).config_class
-        return model_class_for(base)
-    raise AttributeError(name)
+    """Make `LlmrlXForCausalLM` and `LlmrlXConfig` on first access."""
+    return class_by_name(name, CLASS_PREFIX, model_class_for)
 
 
 def register_auto_classes() -> None:

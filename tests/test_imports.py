@@ -19,7 +19,8 @@ SOURCES = {"llmrl": ROOT / "llmrl", "llmrl_kernels": ROOT / "kernels" / "llmrl_k
 LAYERS = (
     ("llmrl_kernels",),
     (
-        "llmrl._version", "llmrl._after_import", "llmrl._autoregister", "llmrl.types", "llmrl.config", "llmrl.errors",
+        "llmrl._version", "llmrl._after_import", "llmrl._autoregister", "llmrl.auto_classes", "llmrl.types", "llmrl.config",
+        "llmrl.errors",
         "llmrl.files", "llmrl.heads", "llmrl.intervals", "llmrl.jsonl", "llmrl.logit_scale", "llmrl.logits_heads",
         "llmrl.fingerprints", "llmrl.head_cache", "llmrl.heads_forward", "llmrl.base_model", "llmrl.modeling",
         "llmrl.portable",

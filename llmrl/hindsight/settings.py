@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from llmrl.errors import UsageError
 from llmrl.hindsight.options import TrainConfig
 from llmrl.training.distributed import check_launch, split_batch
-from llmrl.training.reproducible import reproducible_arguments
+from llmrl.training.reproducible import command_arguments
 
 WARMUP = 0.05  # share of the steps over which the rates rise from 0; after it they fall along a cosine
 _LAST = 0.05  # of the rate, at the end
@@ -56,7 +56,7 @@ def training_arguments(config: TrainConfig, work_dir: Path, rows: int, learning_
     steps = steps_of(config, rows)
     bfloat16 = config.dtype == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
-        **reproducible_arguments(
+        **command_arguments(
             output_dir=str(work_dir),
             seed=config.seed,
             max_steps=steps,
@@ -66,17 +66,11 @@ def training_arguments(config: TrainConfig, work_dir: Path, rows: int, learning_
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": _LAST},
             warmup_steps=math.ceil(WARMUP * steps),
-            max_grad_norm=1.0,
             bf16=bfloat16,
             save_steps=config.save_steps,
-            save_total_limit=2,
             logging_steps=min(20, steps),
             report_to=config.report_to,
             disable_tqdm=config.quiet,
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            use_cpu=not torch.accelerator.is_available(),  # without it accelerate starts no process group on a CPU
         )
     )
     check_launch(arguments)

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from llmrl.errors import UsageError
 from llmrl.hyre.options import TrainConfig
 from llmrl.training.distributed import check_launch, split_batch
-from llmrl.training.reproducible import reproducible_arguments
+from llmrl.training.reproducible import command_arguments
 
 TUNINGS = ("lora", "full")
 
@@ -118,7 +118,7 @@ def training_arguments(work_dir: Path, settings: BackboneSettings, pairs: int, h
     size, forwards = settings.share()
     steps = settings.steps(pairs)
     arguments = TrainingArguments(
-        **reproducible_arguments(
+        **command_arguments(
             output_dir=str(work_dir),
             seed=settings.seed,
             max_steps=steps,
@@ -130,14 +130,9 @@ def training_arguments(work_dir: Path, settings: BackboneSettings, pairs: int, h
             max_grad_norm=float(heads),  # 1 for a head: the loss is a sum over them
             bf16=settings.autocast,
             save_steps=settings.save_steps,
-            save_total_limit=2,
             logging_steps=min(settings.logging_steps, steps),
             report_to=settings.report_to,
             disable_tqdm=settings.quiet,
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,  # only what is read is trained
-            dataloader_pin_memory=torch.cuda.is_available(),
-            use_cpu=not torch.accelerator.is_available(),  # without it accelerate starts no process group on a CPU
         )
     )
     check_launch(arguments)

@@ -133,13 +133,12 @@ def training_arguments(settings: TrainSettings, output_dir: str, rows: int, *, a
         rows: number of training rows.
         autocast: compute in bfloat16 on weights of another type.
     """
-    import torch
 
     from llmrl.training.distributed import world_size
-    from llmrl.training.reproducible import reproducible_arguments
+    from llmrl.training.reproducible import command_arguments
 
     size, forwards = split_batch(settings, world_size())
-    return reproducible_arguments(
+    return command_arguments(
         output_dir=output_dir,
         seed=settings.seed,
         max_steps=steps_of(settings, rows),
@@ -154,11 +153,8 @@ def training_arguments(settings: TrainSettings, output_dir: str, rows: int, *, a
         gradient_checkpointing=settings.gradient_checkpointing,
         bf16=autocast,
         save_steps=settings.save_steps,
-        save_total_limit=2,
         logging_steps=settings.logging_steps,
         report_to=settings.report_to,
         disable_tqdm=settings.quiet,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.accelerator.is_available(),  # without it accelerate starts no process group on a CPU
+        ddp_find_unused_parameters=None,  # as the trainer decides
     )

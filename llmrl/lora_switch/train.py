@@ -25,7 +25,7 @@ from llmrl.lora_switch.options import TrainConfig
 from llmrl.lora_switch.tasks import EncodedRow, collate, encode, read_rows
 from llmrl.training.distributed import check_launch, check_processes, split_batch
 from llmrl.training.metrics import MetricsCallback
-from llmrl.training.reproducible import reproducible_arguments
+from llmrl.training.reproducible import command_arguments
 from llmrl.training.resume import check_checkpoints, train_from
 from llmrl.training.run import write_model_card, write_run_files
 from llmrl.training.run_callback import RunFilesCallback
@@ -153,7 +153,7 @@ def _arguments(config: TrainConfig, work_dir: Path, rows: int) -> TrainingArgume
     size, forwards = split_batch(config.batch_size, config.micro_batch_size)
     steps = config.max_steps if config.max_steps > 0 else max(1, math.ceil(config.epochs * (rows // config.batch_size)))
     arguments = TrainingArguments(
-        **reproducible_arguments(
+        **command_arguments(
             output_dir=str(work_dir),
             seed=config.seed,
             max_steps=steps,
@@ -163,18 +163,12 @@ def _arguments(config: TrainConfig, work_dir: Path, rows: int) -> TrainingArgume
             lr_scheduler_type="cosine",
             warmup_steps=min(config.warmup_steps, steps // 2),
             weight_decay=config.weight_decay,
-            max_grad_norm=1.0,
             bf16=config.dtype == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             gradient_checkpointing=config.gradient_checkpointing,
             save_steps=config.save_steps,
-            save_total_limit=2,
             logging_steps=config.logging_steps,
             report_to=config.report_to,
             disable_tqdm=config.quiet,
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            use_cpu=not torch.accelerator.is_available(),  # without it accelerate starts no process group on a CPU
         )
     )
     check_launch(arguments)

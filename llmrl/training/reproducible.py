@@ -43,3 +43,22 @@ def reproducible_arguments(**overrides: Any) -> dict[str, Any]:
     }
     settings.setdefault("data_seed", settings["seed"])
     return settings
+
+
+def command_arguments(**overrides: Any) -> dict[str, Any]:
+    """Return `reproducible_arguments` with what trainings of our commands have in common; `overrides` are added and win.
+
+    Two checkpoints are kept, columns are the collator's, every trained parameter is used in each pass, and a machine without
+    an accelerator is said to be one: without that accelerate starts no process group on a CPU.
+    """
+    import torch
+
+    common = {
+        "save_total_limit": 2,
+        "max_grad_norm": 1.0,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    return reproducible_arguments(**{**common, **overrides})

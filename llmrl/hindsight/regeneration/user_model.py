@@ -169,7 +169,7 @@ def _trainer(config: ForwardConfig, base: BaseModel, rows: Sequence[Row], work_d
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from llmrl.training.metrics import MetricsCallback
-    from llmrl.training.reproducible import reproducible_arguments
+    from llmrl.training.reproducible import command_arguments
     from llmrl.training.run_callback import RunFilesCallback
 
     if len(rows) < config.batch_size:
@@ -178,13 +178,12 @@ def _trainer(config: ForwardConfig, base: BaseModel, rows: Sequence[Row], work_d
     steps = config.max_steps or max(1, math.ceil(config.epochs * (len(rows) // config.batch_size)))
     size, forwards = split_batch(config.batch_size, config.micro_batch_size)
     arguments = SFTConfig(
-        **reproducible_arguments(
+        **command_arguments(
             output_dir=str(work_dir), seed=config.seed, max_steps=steps, per_device_train_batch_size=size,
             gradient_accumulation_steps=forwards, learning_rate=config.lr, lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(_WARMUP * steps), max_grad_norm=1.0, save_steps=config.save_steps, save_total_limit=2,
-            logging_steps=min(10, steps), report_to=config.report_to, disable_tqdm=config.quiet, remove_unused_columns=False,
-            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=torch.cuda.is_available(),
-            gradient_checkpointing=False, use_cpu=not torch.accelerator.is_available(),
+            warmup_steps=math.ceil(_WARMUP * steps), save_steps=config.save_steps, logging_steps=min(10, steps),
+            report_to=config.report_to, disable_tqdm=config.quiet, ddp_find_unused_parameters=None,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), gradient_checkpointing=False,
         ),
         max_length=None, packing=False, completion_only_loss=True,
     )  # fmt: skip
