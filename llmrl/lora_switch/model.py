@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from llmrl.errors import ConfigError, ModelError, did_you_mean
 from llmrl.heads import BaseReference
 from llmrl.lora_switch.base_identity import base_of
-from llmrl.lora_switch.config import SwitchConfig, is_routed, layer_number
+from llmrl.lora_switch.config import ALL_LINEAR, SwitchConfig, is_routed, layer_number
 from llmrl.lora_switch.hooks import decoder_layers, pooled_route, watch
 from llmrl.lora_switch.layer import ForwardRoute, RouteSlot, SharedInput, SwitchLinear
 from llmrl.lora_switch.pack import PACKED
@@ -23,6 +24,7 @@ from llmrl.lora_switch.router import Router, router_site
 from llmrl.lora_switch.routing import Route, usage
 
 CLASS_PREFIX = "Switch"
+_log = logging.getLogger(__name__)
 
 
 class SwitchMixin:
@@ -216,6 +218,10 @@ def _targets(model: Any, config: SwitchConfig) -> list[str]:
             f"target_modules: no linear layer is called '{missing[0]}'{did_you_mean(missing[0], leaves)}; "
             f"the model has {', '.join(leaves)}"
         )
+    if config.target_modules == ALL_LINEAR and any(
+        p.dim() == 3 and layer_number(name) is not None for name, p in model.named_parameters()
+    ):
+        _log.warning("the experts of the base's own mixture are no linear layers: they get no adapters, attention does")
     asked = [name for name in linear if config.targets(name)]
     found = [name for name in asked if is_routed(config, name)]
     if not found:

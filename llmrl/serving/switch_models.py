@@ -35,6 +35,7 @@ from llmrl_kernels.routed_lora import routed_expand, routed_shrink
 
 OWN = "llmrl_switch"
 _ENDINGS = (".switch_A", ".switch_B")
+ROUTER = "switch_router.weight"
 _MOST_PACKED = 3  # q, k and v
 
 
@@ -49,6 +50,7 @@ class SwitchExperts(nn.Module):
         self.parts, self.scale, self.slices = parts, config.scale, output_slices(layer, len(parts))
         dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         self.input_slice = input_slice(layer)
+        self.loaded: set[str] = set()  # names on disk
         experts = adapted * config.num_experts
         rows, width = sum(count for slices in self.slices for _, count in slices), self.input_slice[1]
         self.A = nn.Parameter(torch.zeros(experts, config.r, width, dtype=dtype), requires_grad=False)
@@ -247,24 +249,32 @@ def _watch(model: nn.Module, router: Router, gates: Tensor, described: SwitchFol
 
 
 def _load(own: nn.ModuleDict, tensors: dict[str, Tensor]) -> set[str]:
-    """Copy a folder's tensors into the packed parameters; return the names of those.
+    """Copy tensors into the packed parameters; return the names of those.
+
+    The first time all there are; an update may come in pieces, a whole layer of vLLM (q, k and v) at a time.
 
     Raises:
         ModelError: a tensor belongs to no layer, or one is missing.
     """
-    known = {
-        part + ending for m in own.values() if isinstance(m, SwitchExperts) for part in m.parts for ending in _ENDINGS
-    }
-    unknown = sorted(tensors.keys() - known - {"switch_router.weight"})
-    if unknown or "switch_router.weight" not in tensors:
-        what = f"{unknown[0]} belongs to no layer of the base" if unknown else "switch_router.weight is missing"
-        raise ModelError(f"{what}: the folder is damaged or was made for another base, save it again")
-    values = {"router.weight": tensors["switch_router.weight"]}
-    for name, module in own.items():
-        if isinstance(module, SwitchExperts):
-            if not any(part + _ENDINGS[0] in tensors for part in module.parts):
-                raise ModelError(f"{module.parts[0]}{_ENDINGS[0]} is missing: the folder is damaged, save it again")
-            values |= {f"{name}.{key}": value for key, value in module.packed(tensors).items()}
+    layers = {name: module for name, module in own.items() if isinstance(module, SwitchExperts)}
+    known = {part + ending for layer in layers.values() for part in layer.parts for ending in _ENDINGS} | {ROUTER}
+    unknown = sorted(tensors.keys() - known)
+    if unknown:
+        raise ModelError(f"{unknown[0]} belongs to no layer of the base: it was made for another base")
+    begun = any(layer.loaded for layer in layers.values())
+    if not begun and ROUTER not in tensors:
+        raise ModelError(f"{ROUTER} is missing: the folder is damaged, save it again")
+    values = {"router.weight": tensors[ROUTER]} if ROUTER in tensors else {}
+    for name, layer in layers.items():
+        given = {part + ending for part in layer.parts for ending in _ENDINGS} & tensors.keys()
+        if begun and not given:
+            continue
+        if not given or (begun and given != layer.loaded):
+            lacks = sorted(layer.loaded - given or {layer.parts[0] + _ENDINGS[0]})[0]
+            what = "send the experts of q, k and v, and of gate and up, together" if begun else "save the folder again"
+            raise ModelError(f"{lacks} is missing: {what}")
+        layer.loaded = given
+        values |= {f"{name}.{key}": value for key, value in layer.packed(tensors).items()}
     parameters = dict(own.named_parameters())
     for name, value in values.items():
         parameter = parameters[name]

@@ -332,6 +332,24 @@ def test_get_switch_model_refuses_models_that_carry_something():
         get_switch_model(quantised, SwitchConfig())
 
 
+def test_experts_of_a_mixture_are_said_to_get_none(caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    base = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2))
+    model = get_switch_model(base, SwitchConfig(num_experts=2, r=2)).eval()
+    assert "they get no adapters" in caplog.text
+    assert {name.rpartition(".")[2] for name in model.switch_layers()} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    stir(model)
+    assert torch.isfinite(model(prompt(1) % 64).logits).all()
+
+
 def test_get_switch_model_refuses_other_layers():
     from transformers import GPT2Config, GPT2LMHeadModel
 

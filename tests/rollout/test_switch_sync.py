@@ -5,7 +5,7 @@ import torch
 from engine_support import STORIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmrl.errors import SyncError
+from llmrl.errors import ModelError, SyncError
 from llmrl.lora_switch import SwitchConfig, get_switch_model
 from llmrl.rollout.sync import WeightSync
 from llmrl.rollout.weights import disk_weights
@@ -61,6 +61,39 @@ def test_trained_experts_arrive_in_vllm(switch):
         del tensors["switch_router.weight"]
         with pytest.raises(SyncError, match=r"lacks switch_router\.weight"):
             engine.update(tensors)
+
+
+def test_an_update_may_come_in_whole_layers_but_not_in_less():
+    """What other senders do, on the class itself: the first load is whole, a later one need not be."""
+    from types import SimpleNamespace
+
+    from llmrl.serving.switch_models import SwitchExperts, _load
+
+    layer = SimpleNamespace(tp_rank=0, tp_size=1, output_sizes=[4, 2], output_size=6, input_size=5)
+    described = SimpleNamespace(switch=SwitchConfig(num_experts=2, r=3))
+    experts = SwitchExperts(layer, ["l.gate_proj", "l.up_proj"], 2, described, torch.float32)
+    own = torch.nn.ModuleDict({"l": experts, "router": torch.nn.Linear(5, 2, bias=False)})
+    torch.manual_seed(0)
+    sizes = {"l.gate_proj": 4, "l.up_proj": 2}
+    tensors = {f"{name}.switch_A": torch.randn(2, 3, 5) for name in sizes}
+    tensors |= {f"{name}.switch_B": torch.randn(out, 6) for name, out in sizes.items()}
+    with pytest.raises(ModelError, match=r"switch_router\.weight is missing: the folder is damaged"):
+        _load(own, tensors)
+    with pytest.raises(ModelError, match=r"l\.gate_proj\.switch_A is missing: save the folder again"):
+        _load(own, {"switch_router.weight": torch.zeros(2, 5)})
+    _load(own, tensors | {"switch_router.weight": torch.ones(2, 5)})
+    assert torch.equal(experts.A, torch.cat([tensors["l.gate_proj.switch_A"], tensors["l.up_proj.switch_A"]]))
+    assert _load(own, {"switch_router.weight": torch.zeros(2, 5)}) == {"llmrl_switch.router.weight"}
+    assert float(own["router"].weight.abs().max()) == 0
+    _load(own, {name: tensor * 2 for name, tensor in tensors.items()})
+    assert torch.equal(experts.B[:4, :6], 2 * tensors["l.gate_proj.switch_B"])
+    with pytest.raises(ModelError, match=r"switch_B is missing: send the experts of q, k and v"):
+        _load(
+            own,
+            {"l.up_proj.switch_A": tensors["l.up_proj.switch_A"], **{k: v for k, v in tensors.items() if "gate" in k}},
+        )
+    with pytest.raises(ModelError, match="belongs to no layer of the base"):
+        _load(own, {"m.q_proj.switch_A": torch.zeros(1)})
 
 
 def test_what_a_switch_model_sends_is_what_its_folder_holds(switch):
