@@ -4,7 +4,8 @@
     python kernels/bench/decode.py --device cpu --toy                                        # does it run
 
 One random Llama-shaped model carries all rows; they decode the same tokens in `DecodeLoop`, graphed on a GPU but where a row
-says otherwise. Each is held to float32 logits of the same mixture first: a wrong one is not timed, and the command returns 1.
+says otherwise. Each is held to float32 logits of the same mixture first (ops outside of a step: to what defines them, in every
+layer): a wrong one is not timed, and the command returns 1.
 Then all alternate in rounds, so that a busy machine slows all of them, together with a copy in memory, which is the bandwidth
 that shares refer to. Bytes are modelled from shapes (`decode_bytes.py`). A toy or a CPU says nothing about GPUs.
 
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 from decode_bytes import MODULES, SHAPES, Mixture, step_bytes
 from decode_measure import CopyRun, Space, alternate, cached_tokens, reference_logits, spread
-from decode_models import build_base, build_experts, layerwise_model
-from decode_rows import BASE_EAGER, BASE_GRAPH, NotRun, Row, Setting, Workshop, all_rows, how_fused
+from decode_models import build_base, build_experts, layerwise_model, merge_snrs
+from decode_ops import merge_drift
+from decode_rows import BASE_EAGER, BASE_GRAPH, IN_PLACE, NotRun, Row, Setting, Workshop, all_rows, how_fused
 from decode_table import print_result
 from scaled_lse_sweep import device_name
 
@@ -35,7 +37,6 @@ from llmrl.config import check_least, option, parse_config, to_flat
 from llmrl.errors import EXIT_DONE, ModelError, UsageError, run_command
 from llmrl.lora_switch import SwitchConfig
 from llmrl.lora_switch.config import ALL_LINEAR
-from llmrl.lora_switch.modes import drift
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest logit
@@ -150,12 +151,13 @@ def run_one(config: BenchConfig, device: str) -> dict[str, Any]:
             results[row.name] |= timings(seconds[row.name], moves, copy)
     reference = add_ratios(results)
     result = {"configuration": configuration(config), "dtype": str(dtype)[6:], "copy_gb_s": copy, "ratio_to": reference}
-    in_place = drift(shop.switched("in_place")) if "in place: subtract and add" in runs else None
+    drift = merge_drift(runs[IN_PLACE].model) if IN_PLACE in runs else None
     launches = "kernels, copies and fills, by the profiler" if device == "cuda" else "operations of torch, but views"
     launches += ", of a step whose route is new"
     result |= {
         "experts_move_logits_by": moved,
-        "in_place_drift": in_place,
+        "in_place_drift": drift,
+        "merge_snr": merge_snrs(base, experts),
         "launches_are": launches,
         "k2_is": how_fused(device),
     }

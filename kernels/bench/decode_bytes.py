@@ -14,6 +14,8 @@ MODULES = {
     "qv": ("q_proj", "v_proj"),
 }
 
+ALONE = ("merge", "sync", "linears")  # kinds of `step_bytes` that are no decoding step
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -96,7 +98,8 @@ def step_bytes(kind: str, shape: ModelShape, mixture: Mixture, *, element: int =
     Args:
         kind: "base"; "lora" (one adapter of rank k r beside the base); "layerwise" (all experts, a router a layer); "in_place"
             (subtract and add, as one pass over the weights, whatever the code at hand makes of it); "merged" (out of place, at
-            every route that changes); "merge" (that merge alone); "dense" (all experts); "gathered" (the distinct ones).
+            every route that changes); "merge" (that merge alone); "sync" (a merge of one expert in float32); "linears" (the
+            adapted layers' weights alone); "dense" (all experts); "gathered" (the distinct ones).
         shape: of the model.
         mixture: of the run.
         element: bytes of a number.
@@ -116,10 +119,12 @@ def step_bytes(kind: str, shape: ModelShape, mixture: Mixture, *, element: int =
         "in_place": change * (rewrite + 2 * chosen),
         "merged": change * (rewrite + chosen),
         "merge": rewrite + chosen,
+        "sync": rewrite + lora_bytes(shape, mixture.modules, mixture.r, 4),
+        "linears": rewrite / 2,
         "dense": dense,
         "gathered": distinct * mixture.r * lora,
     }[kind]
-    if kind == "merge":
+    if kind in ALONE:
         return beside
     return base_bytes(shape, element) + kv_bytes(shape, mixture.rows, mixture.cached, element) + beside
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmrl.lora_switch.decode import DecodeLoop
-from llmrl.lora_switch.modes import merge_items
-from llmrl_kernels import MergePlan, merge_all_reference
 
 CHECKS = 3  # steps that are held to the reference: a token, another, the same again
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
@@ -163,55 +161,6 @@ class DecodeRun:
         return held_bytes(self.model, self.space.cache) + beside
 
 
-class MergeRun:
-    """The out-of-place merge alone, into weights of its own."""
-
-    def __init__(self, model: Any, space: Space, steps: int) -> None:
-        self.space, self.steps = space, steps
-        config = model.switch_config
-        outs = {name: torch.empty_like(layer.weight) for name, layer in model.switch_layers().items()}
-        self.items, self.scale = merge_items(model, outs), config.scale
-        self.plan = MergePlan(self.items, top_k=config.top_k, scale=config.scale)
-        order = torch.arange(config.num_experts, dtype=torch.int32, device=space.device)
-        shares = [torch.full((config.top_k,), share / config.top_k, device=space.device) for share in (1.0, 0.9)]
-        self.routes = [(order[: config.top_k], shares[0]), (order[-config.top_k :].clone(), shares[1])]
-        self._turn = 0
-
-    def _step(self) -> None:
-        self._turn += 1
-        self.plan.merge(*self.routes[self._turn % 2], check=False)
-
-    def error(self) -> tuple[float, float]:
-        """Return the largest difference of a merged weight from the definition, and that over the largest of them."""
-        wrong = largest = 0.0
-        for route in self.routes:
-            self.plan.merge(*route, check=False)
-            for item in (self.items[0], self.items[-1]):
-                expected = merge_all_reference([item], *route, self.scale)[0].double()
-                difference = (item.out.double() - expected).abs().nan_to_num(float("inf")).max()
-                wrong, largest = max(wrong, float(difference)), max(largest, float(expected.abs().max()))
-        return wrong, wrong / largest
-
-    def round(self, turn: int) -> float:
-        """Return the seconds a merge."""
-        wait(self.space.device)
-        started = time.perf_counter()
-        for _ in range(self.steps):
-            self._step()
-        wait(self.space.device)
-        return (time.perf_counter() - started) / self.steps
-
-    def launches(self) -> int:
-        """Return how many kernels a merge launches."""
-        self._step()  # what comes next is a change
-        return count_launches(self._step, self.space.device.type)
-
-    def memory(self) -> int:
-        """Return the bytes of base, experts and merged weights, with what a merge needs beside them."""
-        tensors = [tensor for item in self.items for tensor in item.tensors().values()]
-        return sum(_storages(tensors).values()) + peak_bytes(self._step, self.space.device.type)
-
-
 class CopyRun:
     """A copy from memory to memory: the bandwidth that the others are measured against."""
 
@@ -273,10 +222,11 @@ def held_bytes(model: Any, cache: Any) -> int:
     for module in model.modules():
         owners += [vars(module), module._parameters, module._buffers]
         owners += [vars(value) for value in vars(module).values() if type(value).__name__ == "SharedInput"]
-    return sum(_storages([value for owner in owners for value in owner.values()]).values())
+    return sum(storages([value for owner in owners for value in owner.values()]).values())
 
 
-def _storages(values: Sequence[Any]) -> dict[int, int]:
+def storages(values: Sequence[Any]) -> dict[int, int]:
+    """Return the bytes of each memory that tensors among `values` lie in, by its address."""
     storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmrl.lora_switch import SwitchConfig, get_switch_model
-from llmrl.lora_switch.layer import SwitchLinear
+from llmrl.lora_switch.layer import ForwardRoute, SwitchLinear
+from llmrl.lora_switch.modes import merge_items
 from llmrl.lora_switch.routing import choose, dense_gates
-from llmrl_kernels import SwitchWorkspace, routed_expand_gathered, routed_shrink_gathered, switch_linear
+from llmrl_kernels import SwitchWorkspace, merge_snr, routed_expand_gathered, routed_shrink_gathered, switch_linear
+from llmrl_kernels.merge_all import InPlacePlan, MergeItem
 from llmrl_kernels.switch_linear import MAX_TOKENS
 
 WEIGHT = 0.3  # ||experts of a route|| over ||W||: far above what a wrong row could hide in
@@ -209,6 +211,45 @@ def fused_model(base: Any, experts: Experts, *, fused: bool, backend: str) -> An
     for layer in model.switch_layers().values():
         layer.__class__, layer.options = FusedLinear, {**options, "backend": backend}
     return model
+
+
+class InPlace:
+    """Runs a switch model on weights that each new route is put into and taken out of again, one launch a switch.
+
+    Unlike the run mode "in_place" it reads no route on the host, so a CUDA graph can hold it.
+    """
+
+    fixed = None
+
+    def __init__(self, model: Any) -> None:
+        for layer in model.switch_layers().values():
+            layer.merged_weight = layer.weight.detach().clone()
+        self.items = merge_items(model, {name: layer.merged_weight for name, layer in model.switch_layers().items()})
+        config, items = model.switch_config, [MergeItem(i.out, i.out, i.A, i.B) for i in self.items]
+        self.plan = InPlacePlan(items, top_k=config.top_k, scale=config.scale)
+
+    def decided(self, now: ForwardRoute) -> None:
+        """Switch before the layers run, where the pass has one route."""
+        if now.route is not None and now.route.ids.shape[:-1].numel() == 1:
+            self.plan.merge(now.route.ids.reshape(-1), now.route.weights.reshape(-1).float(), check=False)
+            now.merged = True
+
+
+def in_place_model(base: Any, experts: Experts) -> Any:
+    """Return a switch model that switches in place."""
+    model = switch_model(base, experts)
+    model._switch_runner = InPlace(model)
+    return model
+
+
+def merge_snrs(base: Any, experts: Experts) -> dict[str, float]:
+    """Return `merge_snr` of the fixed mixture in the first layer, as it is and made smaller, by ||experts|| / ||W||."""
+    (ids, weights), name = experts.fixed, next(iter(experts.layers))
+    weight = base.get_submodule(name).weight
+    delta = sum(w * (B.float() @ A.float()) for w, (A, B) in zip(weights, _chosen(experts, name, ids), strict=True))
+    share = experts.config.scale * delta.norm() / weight.float().norm()
+    delta = experts.config.scale * delta / share
+    return {f"{size:.1g}": merge_snr(weight, delta * size) for size in (float(share), 0.01, 0.001)}
 
 
 def merged_model(base: Any, experts: Experts) -> Any:

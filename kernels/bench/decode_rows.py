@@ -8,19 +8,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from decode_bytes import Mixture, ModelShape
-from decode_measure import DecodeRun, MergeRun, Space, Timed
-from decode_models import Experts, fused_model, gathered_model, layerwise_model, merged_model, peft_model, switch_model
+from decode_measure import DecodeRun, Space, Timed
+from decode_models import (
+    Experts,
+    adapted,
+    fused_model,
+    gathered_model,
+    in_place_model,
+    layerwise_model,
+    merged_model,
+    peft_model,
+    switch_model,
+)
+from decode_ops import BasePart, LinearRun, MergeRun, routes_of
 from torch import Tensor
+from torch.nn import functional as F
 
 from llmrl.lora_switch import set_switch_mode
+from llmrl.lora_switch.modes import merge_items
+from llmrl_kernels.merge_all import MergeItem
 from llmrl_kernels.switch_linear import MAX_TOKENS
 
 STEADY = 5  # rows whose every step is alike take so many times fewer steps a round
 SLOW = 50  # and an interpreter so many times fewer
 
 BASE_EAGER, BASE_GRAPH = "base, eager", "base, CUDA graph"
-K1_ALONE, K3_DENSE, K2_ONE = "K1 merge alone", "K3 dense-masked", "K2, one launch"
+IN_PLACE, K1_ALONE, K1_SYNC = "in place, one pass: baseline", "K1 merge alone", "K1 weight update, float32 A B"
+LINEARS, K3_DENSE, K2_ONE = "linear layers alone", "K3 dense-masked", "K2, one launch"
+K2_BASE = {False: "K2 base part, two launches", True: "K2 base part, one launch"}
 CHANGES = {"K1 every token": 1.0, "K1 on change, 1 %": 0.01, "K1 on change, 10 %": 0.1, "K1 on change, 50 %": 0.5}
 
 
@@ -112,13 +129,17 @@ def all_rows() -> list[Row]:
         Row("peft LoRA of rank k r", "lora", _peft),
         Row("layer-wise mixture, eager", "layerwise", lambda shop: _layerwise(shop, False)),
         Row("layer-wise mixture, CUDA graph", "layerwise", lambda shop: _layerwise(shop, _captured(shop))),
-        Row("in place: subtract and add", "in_place", _in_place),
+        Row(IN_PLACE, "in_place", _in_place),
         Row(K1_ALONE, "merge", _merge_alone),
+        Row(K1_SYNC, "sync", _weight_update),
         *(Row(name, "merged", _on_change(change), change) for name, change in CHANGES.items()),
         Row(K3_DENSE, "dense", lambda shop: shop.decode(shop.switched("fused"), "switch")),
         Row("K3 gathered", "gathered", _gathered),
         Row("K2, two launches", "dense", lambda shop: _fused(shop, fused=False)),
         Row(K2_ONE, "dense", lambda shop: _fused(shop, fused=True)),
+        Row(LINEARS, "linears", lambda shop: _linears(shop, F.linear)),
+        Row(K2_BASE[False], "linears", lambda shop: _base_part(shop, fused=False)),
+        Row(K2_BASE[True], "linears", lambda shop: _base_part(shop, fused=True)),
     ]
 
 
@@ -161,13 +182,31 @@ def _one_route(shop: Workshop) -> None:
 
 def _in_place(shop: Workshop) -> Timed:
     _one_route(shop)
-    return shop.decode(shop.switched("in_place"), "switch", graph=False)  # its route is read on the host
+    return shop.decode(shop.model("in place", lambda: in_place_model(shop.base, shop.experts)), "switch")
+
+
+def _items(shop: Workshop) -> list[MergeItem]:
+    """Return the layers, to be merged into weights that the rows of merges alone share."""
+    model = shop.model("plain switch", lambda: switch_model(shop.base, shop.experts))
+    make = lambda: {name: torch.empty_like(layer.weight) for name, layer in model.switch_layers().items()}  # noqa: E731
+    return merge_items(model, shop.model("merged alone", make))
 
 
 def _merge_alone(shop: Workshop) -> Timed:
     _one_route(shop)
+    config = shop.experts.config
+    routes = routes_of(config.num_experts, config.top_k, shop.space.device)
+    return MergeRun(_items(shop), routes, config.scale, shop.space, max(1, shop.setting.tokens // STEADY))
+
+
+def _weight_update(shop: Workshop) -> Timed:
+    """As an engine gets them: one adapter in float32, its scale within B, whatever the dtype of W."""
+    r, scale = shop.experts.config.r, shop.experts.config.scale
+    items = [
+        MergeItem(i.base, i.out, i.A[:1].to(torch.float32, copy=True), scale * i.B[:, :r].float()) for i in _items(shop)
+    ]
     steps = max(1, shop.setting.tokens // STEADY)
-    return MergeRun(shop.model("plain switch", lambda: switch_model(shop.base, shop.experts)), shop.space, steps)
+    return MergeRun(items, routes_of(1, 1, shop.space.device), 1.0, shop.space, steps)
 
 
 def _on_change(change: float) -> Callable[[Workshop], Timed]:
@@ -184,8 +223,7 @@ def _gathered(shop: Workshop) -> Timed:
 
 
 def _fused(shop: Workshop, *, fused: bool) -> Timed:
-    if shop.setting.mixture.rows > MAX_TOKENS:
-        raise NotRun(f"switch_linear takes at most {MAX_TOKENS} tokens")
+    _few_tokens(shop)
     if fused and shop.setting.device != "cuda":
         raise NotRun("it waits within a launch, which takes a GPU")
     if fused and not shop.setting.one_launch:
@@ -196,6 +234,26 @@ def _fused(shop: Workshop, *, fused: bool) -> Timed:
     backend = cpu_backend() if shop.setting.device == "cpu" else "auto"
     make = lambda: fused_model(shop.base, shop.experts, fused=fused, backend=backend)  # noqa: E731
     return shop.decode(shop.model(f"fused {fused}", make), "switch", steps=steps)
+
+
+def _linears(shop: Workshop, op: Callable[[Tensor, Tensor], Tensor], steps: int | None = None) -> Timed:
+    weights = [module.weight for module in adapted(shop.base, shop.experts.config).values()]
+    steps = max(1, shop.setting.tokens // STEADY) if steps is None else steps
+    return LinearRun(weights, shop.space, steps, op)
+
+
+def _base_part(shop: Workshop, *, fused: bool) -> Timed:
+    _few_tokens(shop)
+    if shop.setting.device == "cpu" and cpu_backend() == "torch":
+        raise NotRun("it is a part of a kernel: TRITON_INTERPRET=1 runs it in Triton's interpreter")
+    config = shop.experts.config
+    op = BasePart(config.num_experts * config.r, shop.space.rows, shop.space.device, fused=fused)
+    return _linears(shop, op, steps=1 if shop.setting.device == "cpu" else None)
+
+
+def _few_tokens(shop: Workshop) -> None:
+    if shop.setting.mixture.rows > MAX_TOKENS:
+        raise NotRun(f"switch_linear takes at most {MAX_TOKENS} tokens")
 
 
 def cpu_backend() -> str:

@@ -1,15 +1,18 @@
 """Measure tile sizes of the kernels that switch LoRA experts on this GPU, and write the table that they read.
 
-    python kernels/bench/tune_lora_switch.py --shapes 4096x4096,4096x11008,11008x4096 --experts 8 --rank 16
+    python kernels/bench/tune_lora_switch.py --shapes 4096x4096+1024+1024,4096x4096,4096x14336+14336,14336x4096
 
-For each op, shape (in x out) and number of tokens every candidate is held to plain torch, then timed on scratch outputs with a
-cold cache; the fastest is written to kernels/llmrl_kernels/tuned/<device>.json beside what the defaults took. Entries that
-a table already has for other sizes stay. A call of an op never measures; without a table it takes the defaults.
+A shape is in x out of a linear layer; with a plus, of layers that share their input, which are measured packed as one and each
+alone. For each op, shape and number of tokens (one a bucket of the table) every candidate is held to plain torch, then timed
+on scratch outputs with a cold cache; the fastest is written to kernels/llmrl_kernels/tuned/<device>.json beside what the
+defaults took. Entries that a table already has for other sizes stay. A call of an op never measures; without a table it takes
+the defaults.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import json
 import platform
@@ -34,7 +37,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}  # of the largest output
 MERGE_BYTES = 1 << 30  # of base weights at a time: far beyond a cache
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
-    "routed_shrink": {"BLOCK_T": (16, 32, 64, 128), "BLOCK_R": (16, 32, 64, 128), "BLOCK_K": (64, 128, 256)},
+    "routed_shrink": {"BLOCK_T": (16, 32, 64, 128), "BLOCK_R": (16, 32, 64, 128), "BLOCK_K": (64, 128, 256)}
+    | {"SPLIT": (0, 1, 4, 16)},
     "routed_expand": {"BLOCK_T": (16, 32, 64, 128), "BLOCK_O": (32, 64, 128, 256), "BLOCK_R": (16, 32, 64)},
     "gathered_shrink": {"BLOCK_T": (16, 32, 64), "BLOCK_R": (16, 32, 64), "BLOCK_K": (64, 128, 256)},
     "gathered_expand": {"BLOCK_T": (16, 32, 64), "BLOCK_O": (64, 128, 256), "BLOCK_R": (16, 32, 64)},
@@ -48,8 +52,13 @@ LAUNCH: dict[str, tuple[int, ...]] = {"num_warps": (4, 8), "num_stages": (2, 3, 
 class TuneConfig:
     """Options of the command."""
 
-    shapes: list[str] = option(["4096x4096"], help="linear layers as in x out")
-    tokens: list[int] = option([1, 16, 64, 1024, 4096], help="how many tokens a call has")
+    shapes: list[str] = option(
+        ["4096x4096+4096+4096", "4096x4096", "4096x11008+11008", "11008x4096"],
+        help="linear layers as in x out, layers that share an input as in x out+out",
+    )
+    tokens: list[int] = option(
+        [1, 32, 64, 128, 256, 512, 1024, 2048, 4096], help="how many tokens a call has; the first of a bucket counts"
+    )
     experts: int = option(8, help="experts a layer, E")
     rank: int = option(16, help="rank of an expert, r")
     top_k: int = option(2, help="experts a token, k")
@@ -61,8 +70,24 @@ class TuneConfig:
         if min(self.experts, self.rank, self.top_k, *self.tokens) < 1 or self.top_k > self.experts:
             raise UsageError("expected positive tokens, experts, rank and top_k, with top_k at most experts")
         for shape in self.shapes:
-            if len(parts := shape.split("x")) != 2 or not all(part.isdigit() and int(part) for part in parts):
-                raise UsageError(f"--shapes: expected in x out such as 4096x11008, got {shape!r}")
+            if len(parts := shape.split("x")) != 2 or not parts[0].isdigit():
+                raise UsageError(f"--shapes: expected in x out such as 4096x11008 or 4096x4096+1024, got {shape!r}")
+            if not all(part.isdigit() and int(part) for part in (parts[0], *parts[1].split("+"))):
+                raise UsageError(f"--shapes: expected in x out such as 4096x11008 or 4096x4096+1024, got {shape!r}")
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The shapes."""
+        pairs = [shape.split("x") for shape in self.shapes]
+        return [Layer(int(width), tuple(map(int, outs.split("+")))) for width, outs in pairs]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Linear layers that share an input of `width`, packed as one; or one alone."""
+
+    width: int
+    outs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -77,83 +102,169 @@ class Job:
 
 
 def candidates(job: Job, tokens: int) -> Iterator[dict[str, int]]:
-    """Yield the default first, then every combination."""
+    """Yield the default first, then every combination; no tile of more tokens than the bucket has."""
     default = tuning.default_sizes(job.op, tokens)
     yield default
     grid = {name: values for name, values in (CANDIDATES[job.op] | LAUNCH).items() if name not in job.fixed}
+    if "BLOCK_T" in grid:
+        grid["BLOCK_T"] = tuple(size for size in grid["BLOCK_T"] if size <= tuning.token_bucket(tokens))
     for values in itertools.product(*grid.values()):
         yield default | dict(zip(grid, values, strict=True))
 
 
-def jobs(config: TuneConfig, width: int, out: int, tokens: int) -> Iterator[Job]:
-    """Yield the ops of a layer at a number of tokens."""
-    dtype, total, bucket = DTYPES[config.dtype], config.experts * config.rank, tuning.token_bucket(tokens)
-    random = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
-    x, A, B = random(tokens, width), random(config.experts, config.rank, width), random(out, total)
-    A *= width**-0.5
-    logits = torch.rand(tokens, config.experts, device="cuda")
-    weights, ids = logits.topk(config.top_k, -1)
-    gates, ids = torch.zeros_like(logits).scatter(1, ids, weights), ids.int()
-    u, _ = routed_shrink(x, A, gates, backend="torch")
-    chosen, _ = routed_shrink_gathered(x, A, ids, weights, backend="torch")
-    down, up = (bucket, total, width, dtype), (bucket, total, out, dtype)
-    yield Job(
-        "routed_shrink",
-        tuning.entry_key("routed_shrink", *down),
-        lambda backend: lambda: routed_shrink(x, A, gates, backend=backend)[0],
-    )
-    yield Job(
-        "routed_expand",
-        tuning.entry_key("routed_expand", *up),
-        lambda backend: lambda: routed_expand(u, B, scale=1.0, backend=backend),
-    )
-    few = ("BLOCK_T",) if tokens <= 16 else ()
-    yield Job(
-        "gathered_shrink",
-        tuning.entry_key("gathered_shrink", bucket, config.rank, width, dtype),
-        lambda backend: lambda: routed_shrink_gathered(x, A, ids, weights, backend=backend)[0],
-        few,
-    )
-    yield Job(
-        "gathered_expand",
-        tuning.entry_key("gathered_expand", bucket, config.rank, out, dtype),
-        lambda backend: lambda: routed_expand_gathered(chosen, B, ids, scale=1.0, backend=backend),
-        few,
-    )
-    if tokens <= 16:
-        W, space = random(out, width).mul_(width**-0.5), SwitchWorkspace(total, "cuda")
-        yield Job(
-            "switch_linear",
-            tuning.entry_key("switch_linear", bucket, total, width, out, dtype),
-            lambda backend: lambda: switch_linear(x, W, A, B, gates, 1.0, workspace=space, backend=backend),
-        )
+class Inputs:
+    """Random tensors of layers packed as one, made when a job first asks for them."""
+
+    def __init__(self, config: TuneConfig, layer: Layer, tokens: int) -> None:
+        self.config, self.layer, self.tokens, self.dtype = config, layer, tokens, DTYPES[config.dtype]
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=self.dtype)
+
+    @functools.cached_property
+    def x(self) -> Tensor:
+        """`[T, in]`."""
+        return self._random(self.tokens, self.layer.width)
+
+    @functools.cached_property
+    def A(self) -> Tensor:
+        """`[n*E, r, in]`."""
+        experts = len(self.layer.outs) * self.config.experts
+        return self._random(experts, self.config.rank, self.layer.width).mul_(self.layer.width**-0.5)
+
+    @functools.cached_property
+    def B(self) -> Tensor:
+        """`[sum out, E*r]`."""
+        return self._random(sum(self.layer.outs), self.config.experts * self.config.rank)
+
+    @functools.cached_property
+    def W(self) -> Tensor:
+        """`[out, in]`."""
+        return self._random(sum(self.layer.outs), self.layer.width).mul_(self.layer.width**-0.5)
+
+    @functools.cached_property
+    def route(self) -> tuple[Tensor, Tensor]:
+        """The chosen experts' ids and weights, `[T, k]` each."""
+        weights, ids = torch.rand(self.tokens, self.config.experts, device="cuda").topk(self.config.top_k, -1)
+        return ids.int(), weights
+
+    @functools.cached_property
+    def gates(self) -> Tensor:
+        """`[T, n*E]`."""
+        ids, weights = self.route
+        empty = torch.zeros(self.tokens, self.config.experts, device="cuda")
+        return empty.scatter(1, ids.long(), weights).repeat(1, len(self.layer.outs))
+
+    @functools.cached_property
+    def u(self) -> Tensor:
+        """`[T, n*E*r]`, gated."""
+        return routed_shrink(self.x, self.A, self.gates, backend="torch")[0]
+
+    @functools.cached_property
+    def chosen(self) -> Tensor:
+        """`[T, k, r]`, gated."""
+        return routed_shrink_gathered(self.x, self.A, *self.route, backend="torch")[0]
 
 
-def merge_job(config: TuneConfig) -> Job:
-    """Return the merge of layers of all shapes."""
-    dtype, items = DTYPES[config.dtype], []
-    pairs = [tuple(map(int, shape.split("x"))) for shape in config.shapes]
-    element = torch.finfo(dtype).bits // 8
-    for _ in range(max(1, MERGE_BYTES // sum(w * o * element for w, o in pairs))):
-        for width, out in pairs:
-            base = torch.randn(out, width, device="cuda", dtype=dtype)
-            A = torch.randn(config.experts, config.rank, width, device="cuda", dtype=dtype)
-            B = torch.randn(out, config.experts * config.rank, device="cuda", dtype=dtype)
-            items.append(MergeItem(base, torch.empty_like(base), A, B))
-    ids = torch.arange(config.top_k, device="cuda", dtype=torch.int32)
-    weights = torch.full((config.top_k,), 1.0 / config.top_k, device="cuda")
+def jobs(config: TuneConfig, layer: Layer, tokens: int) -> Iterator[Job]:
+    """Yield the ops of layers at a number of tokens: packed as one, then each alone. Some keys may come more than once."""
+    alone = [Layer(layer.width, (out,)) for out in dict.fromkeys(layer.outs)]
+    for one in dict.fromkeys([layer, *alone]):
+        yield from dense_jobs(Inputs(config, one, tokens))
+    for one in alone:
+        yield from other_jobs(Inputs(config, one, tokens))
 
-    def make(backend: str) -> Callable[[], Tensor]:
-        plan = MergePlan(items, top_k=config.top_k, scale=0.1, backend=backend)
+
+def dense_jobs(inputs: Inputs) -> Iterator[Job]:
+    """Yield `routed_shrink`, timed with the expand that adds the parts of its sums, and `routed_expand`."""
+    config, layer, tokens = inputs.config, inputs.layer, inputs.tokens
+    total, bucket = config.experts * config.rank, tuning.token_bucket(tokens)
+
+    def both(backend: str) -> Callable[[], Tensor]:
+        x, A, B, gates = inputs.x, inputs.A, inputs.B, inputs.gates
 
         def step() -> Tensor:
-            plan.invalidate()
-            plan.merge(ids, weights)
-            return items[0].out
+            u, _ = routed_shrink(x, A, gates, partial=True, backend=backend)
+            return routed_expand(u, B, scale=1.0, slices=layer.outs, backend=backend)
 
         return step
 
-    return Job("merge_all", tuning.entry_key("merge_all", tuning.token_bucket(1), config.rank, dtype), make)
+    def up(backend: str) -> Callable[[], Tensor]:
+        u, B = inputs.u, inputs.B
+        return lambda: routed_expand(u, B, scale=1.0, slices=layer.outs, backend=backend)
+
+    key = tuning.entry_key("routed_shrink", bucket, len(layer.outs) * total, layer.width, inputs.dtype)
+    yield Job("routed_shrink", key, both, () if tokens <= 16 else ("SPLIT",))
+    yield Job("routed_expand", tuning.entry_key("routed_expand", bucket, total, sum(layer.outs), inputs.dtype), up)
+
+
+def other_jobs(inputs: Inputs) -> Iterator[Job]:
+    """Yield the gathered ops of one layer, and for few tokens `switch_linear`."""
+    config, (out,), width = inputs.config, inputs.layer.outs, inputs.layer.width
+    bucket, few = tuning.token_bucket(inputs.tokens), inputs.tokens <= 16
+    fixed = ("BLOCK_T",) if few else ()
+
+    def down(backend: str) -> Callable[[], Tensor]:
+        arguments = (inputs.x, inputs.A, *inputs.route)
+        return lambda: routed_shrink_gathered(*arguments, backend=backend)[0]
+
+    def up(backend: str) -> Callable[[], Tensor]:
+        arguments = (inputs.chosen, inputs.B, inputs.route[0])
+        return lambda: routed_expand_gathered(*arguments, scale=1.0, backend=backend)
+
+    def switch(backend: str) -> Callable[[], Tensor]:
+        arguments = (inputs.x, inputs.W, inputs.A, inputs.B, inputs.gates, 1.0)
+        space = SwitchWorkspace(config.experts * config.rank, "cuda")
+        return lambda: switch_linear(*arguments, workspace=space, backend=backend)
+
+    for op, size, make in (("gathered_shrink", width, down), ("gathered_expand", out, up)):
+        yield Job(op, tuning.entry_key(op, bucket, config.rank, size, inputs.dtype), make, fixed)
+    if few:
+        total = config.experts * config.rank
+        yield Job("switch_linear", tuning.entry_key("switch_linear", bucket, total, width, out, inputs.dtype), switch)
+
+
+def merge_jobs(config: TuneConfig) -> Iterator[Job]:
+    """Yield the merge of layers of all shapes: of a route, of one expert, and of one float32 adapter as in a weight update."""
+    dtype = DTYPES[config.dtype]
+    for top_k, kind in dict.fromkeys([(config.top_k, dtype), (1, dtype), (1, torch.float32)]):
+        key = tuning.entry_key("merge_all", tuning.token_bucket(1), config.rank, top_k, kind, dtype)
+        yield Job("merge_all", key, functools.partial(merge_step, config, top_k, kind))
+
+
+def merge_step(config: TuneConfig, top_k: int, kind: torch.dtype, backend: str) -> Callable[[], Tensor]:
+    """Return the merge of `top_k` experts of dtype `kind` into layers of all shapes."""
+    torch.manual_seed(0)  # the same for every backend
+    dtype, items, random = DTYPES[config.dtype], [], functools.partial(torch.randn, device="cuda")
+    pairs = [(layer.width, out) for layer in config.layers for out in layer.outs]
+    element = torch.finfo(dtype).bits // 8
+    for _ in range(max(1, MERGE_BYTES // sum(w * o * element for w, o in pairs))):
+        for width, out in pairs:
+            base = random(out, width, dtype=dtype)
+            A = random(config.experts, config.rank, width, dtype=kind)
+            B = random(out, config.experts * config.rank, dtype=kind)
+            items.append(MergeItem(base, torch.empty_like(base), A, B))
+    ids = torch.arange(top_k, device="cuda", dtype=torch.int32)
+    weights = torch.full((top_k,), 1.0 / top_k, device="cuda")
+    plan = MergePlan(items, top_k=top_k, scale=0.1, backend=backend)
+
+    def step() -> Tensor:
+        plan.invalidate()
+        plan.merge(ids, weights)
+        return items[0].out
+
+    return step
+
+
+def all_jobs(config: TuneConfig) -> Iterator[tuple[Job, int]]:
+    """Yield what there is to measure and for how many tokens, each key of the table once."""
+    seen = set()
+    layers = itertools.product(config.layers, config.tokens)
+    each = ((job, tokens) for layer, tokens in layers for job in jobs(config, layer, tokens))
+    for job, tokens in itertools.chain(((job, 1) for job in merge_jobs(config)), each):
+        if job.key not in seen:
+            seen.add(job.key)
+            yield job, tokens
 
 
 def tune(job: Job, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -204,13 +315,7 @@ def main(argv: list[str]) -> int:
     file = Path(config.output_dir) / tuning.device_file(device).name
     entries = tuning.read_table(file) if file.exists() else {}
     times = json.loads(file.read_text(encoding="utf-8")).get("times", {}) if entries else {}
-    shapes = [tuple(map(int, shape.split("x"))) for shape in config.shapes]
-    layers = (
-        (job, tokens)
-        for (w, o), tokens in itertools.product(shapes, config.tokens)
-        for job in jobs(config, w, o, tokens)
-    )
-    for job, tokens in itertools.chain([(merge_job(config), 1)], layers):
+    for job, tokens in all_jobs(config):
         found = tune(job, tokens, dtype)
         entries[job.key] = found["sizes"]
         times[job.key] = {"ms": found["ms"], "default_ms": found["default_ms"]}

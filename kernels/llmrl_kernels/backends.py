@@ -10,6 +10,7 @@ from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: torch.compile cannot trace the question
 
 
 def use_triton(backend: str, tensor: Tensor) -> bool:
@@ -22,7 +23,7 @@ def use_triton(backend: str, tensor: Tensor) -> bool:
         raise ValueError(f"backend: expected 'auto', 'torch' or 'triton', got {backend!r}")
     if backend == "torch" or (backend == "auto" and not tensor.is_cuda):
         return False
-    able = tensor.dtype in KERNEL_DTYPES and importlib.util.find_spec("triton") is not None
+    able = tensor.dtype in KERNEL_DTYPES and HAS_TRITON
     if backend == "triton" and not able:
         raise ValueError(
             f"backend 'triton' needs the package triton and float32, bfloat16 or float16, got {tensor.dtype}: "

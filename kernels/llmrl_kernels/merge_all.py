@@ -60,9 +60,12 @@ class MergePlan:
         TypeError: dtypes do not fit.
     """
 
+    in_place = False
+
     def __init__(self, items: Sequence[MergeItem], *, top_k: int, scale: float, backend: str = "auto") -> None:
         self.items, self.top_k, self.scale = tuple(items), top_k, float(scale)
         self.experts = _check_items(self.items)
+        _check_memory(self.items, self.in_place)
         if top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {top_k}")
         self._first = self.items[0].base
@@ -74,7 +77,8 @@ class MergePlan:
             self._addresses = self._read_addresses()
             shapes = [(*item.base.shape, item.A.shape[1]) for item in self.items]
             dtypes = (self._first.dtype, self.items[0].out.dtype, self.items[0].A.dtype)
-            self._launch = Launch(self._addresses, shapes, dtypes, self.experts, top_k, self.scale, self._first.device)
+            sizes = (self.experts, top_k, self.scale, self._first.device)
+            self._launch = Launch(self._addresses, shapes, dtypes, *sizes, in_place=self.in_place)
 
     def merge(
         self, ids: Tensor | Sequence[int], weights: Tensor | Sequence[float], *, check: bool | None = None
@@ -128,6 +132,35 @@ class MergePlan:
                     base = item.base[rows].float()
                     item.out[rows] = torch.where(delta == 0, base, base + delta)  # -0.0 + 0.0 would be 0.0
         self._applied = route
+
+
+class InPlacePlan(MergePlan):
+    """Switches in place: W += new - old in one pass over the weights. A BASELINE THAT DRIFTS, for comparisons.
+
+    This is the fused update of LoRA-Switch (arXiv 2405.17741, its SGMM): on a GPU the launch of `MergePlan`, which takes the
+    experts of the last merge out as it puts the new ones in; what was last put in is kept on the device, so it is captured and
+    replayed in a CUDA graph as that is. `subtract_and_add` is the same in plain torch, for any two routes.
+
+    Args: as of `MergePlan`, but base is out, W, in every item. W holds no route at first.
+    """
+
+    in_place = True
+    _held: tuple[list[int], list[float]] | None = None
+
+    def held(self) -> tuple[list[int], list[float]] | None:
+        """Return ids and weights of the route that W holds, None for none. Waits for the device."""
+        found = self._held if self._launch is None else self._launch.applied()
+        return found  # type: ignore[no-any-return]
+
+    def invalidate(self) -> None:
+        """Take W for weights without a route: call it after W was written from elsewhere."""
+        super().invalidate()
+        self._held = None
+
+    def _merge_torch(self, ids: list[int], weights: list[float]) -> None:
+        if self._held != (ids, weights):
+            subtract_and_add(self.items, self._held, (ids, weights), scale=self.scale)
+            self._held = ids, weights
 
 
 def _delta(item: MergeItem, rows: slice, ids: list[int], weights: list[float], scale: float) -> Tensor:
@@ -187,7 +220,6 @@ def _check_items(items: tuple[MergeItem, ...]) -> int:
             if tensor.dtype != first.tensors()[like].dtype:
                 wanted = first.tensors()[like].dtype
                 raise TypeError(f"{name}{key}: expected {wanted}, the dtype of items[0].{like}, got {tensor.dtype}")
-    _check_memory(items)
     return int(first.A.shape[0])
 
 
@@ -201,11 +233,15 @@ def _check_tensor(name: str, tensor: Tensor, like: str, first: Tensor) -> None:
         )
 
 
-def _check_memory(items: tuple[MergeItem, ...]) -> None:
-    """Refuse an `out` that shares bytes with anything else: a clean base is the point of it all."""
+def _check_memory(items: tuple[MergeItem, ...], in_place: bool) -> None:
+    """Refuse an `out` that shares bytes with anything else: a clean base is the point of it all. In place, base is out."""
     spans = []
     for index, item in enumerate(items):
+        if in_place and (item.base.data_ptr() != item.out.data_ptr() or item.base.dtype != item.out.dtype):
+            raise ValueError(f"items[{index}].out: expected base itself, to be updated in place, got another tensor")
         for key, tensor in item.tensors().items():
+            if in_place and key == "base":
+                continue
             start = tensor.data_ptr()
             spans.append((start, start + tensor.nbytes, key == "out", f"items[{index}].{key}"))
     spans.sort()
@@ -259,7 +295,8 @@ def subtract_and_add(
         if route is not None:
             ids, weights = _route(route, device)
             _check_ids(ids, items[0].A.shape[0])
-            signed += [(expert, sign * weight) for expert, weight in zip(ids.tolist(), weights.tolist(), strict=True)]
+            pairs = zip(ids.tolist(), weights.tolist(), strict=True)
+            signed += [(expert, sign * weight) for expert, weight in pairs if weight != 0]
     if not signed:
         return
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -4,7 +4,8 @@ A program strides over the tiles of all items, finds a tile's item by binary sea
 on the device. Route, table and marks lie at fixed addresses, so the launch can be captured in a CUDA graph and replayed.
 
 Whether the route changed is decided by each program for itself: it keeps the route it last applied in a row that no other
-program touches. One flag for all would be read by some programs after others had set it.
+program touches. One flag for all would be read by some programs after others had set it. That row is also what the update in
+place takes out again (`InPlacePlan`): new experts minus those of the row, in the same pass over the weights.
 """
 
 import math
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmrl_kernels.triton_parts import INTERPRETED, TL_DTYPES, dot, inner_block, rounded
+from llmrl_kernels.triton_parts import INTERPRETED, TL_DTYPES, inner_block, rounded
 from llmrl_kernels.tuning import block_sizes
 
 
@@ -32,7 +33,23 @@ def _item_of(tile: tl.tensor, shapes: tl.tensor, items: tl.tensor, STEPS: tl.con
 
 
 @triton.jit
-def _delta(
+def _product(up: tl.tensor, down: tl.tensor, acc: tl.tensor, INTERPRET: tl.constexpr) -> tl.tensor:
+    """Return acc + up down, summed in float32, on tensor cores in every dtype.
+
+    Float32 is split into a leading and a trailing part of 11 bits each, and the products of two trailing parts are left out:
+    at most 2^-20 of a product is lost, where one pass of TF32 would lose 2^-10 and "ieee" would use no tensor core. Numbers
+    of up to 11 bits lose nothing.
+    """
+    if INTERPRET:  # its product of bfloat16 is of the bit patterns
+        up = up.to(tl.float32)
+        down = down.to(tl.float32)
+    return tl.dot(up, down, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def _add_experts(
+    total: tl.tensor,
+    sign: tl.constexpr,
     a: tl.tensor,
     b: tl.tensor,
     ids: tl.tensor,
@@ -49,8 +66,7 @@ def _delta(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> tl.tensor:
-    """Return sum_k g_k B[:, e_k] A[e_k] of a tile in float32; NaN where an id is no expert's."""
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    """Return total + sign * sum_k g_k B[:, e_k] A[e_k] of a tile in float32; NaN where an id is no expert's."""
     r = tl.arange(0, BLOCK_R)
     for slot in range(TOP_K):
         expert = tl.load(ids + slot)
@@ -70,8 +86,8 @@ def _delta(
             down = tl.load(
                 a + place[:, None] * N + columns[None, :], mask=live[:, None] & (columns < N)[None, :], other=0.0
             )
-            acc = dot(up, down, acc, INTERPRET)
-        total += tl.where(known, acc * weight, float("nan"))
+            acc = _product(up, down, acc, INTERPRET)
+        total += tl.where(known, acc * (sign * weight), float("nan"))
     return total
 
 
@@ -89,6 +105,7 @@ def _merge_kernel(
     BASE: tl.constexpr,
     OUT: tl.constexpr,
     LORA: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     ALIGNED: tl.constexpr,
     RANK_MULTIPLE: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -123,9 +140,17 @@ def _merge_kernel(
         across = tl.cdiv(N, BLOCK_N)
         rows = within // across * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = within % across * BLOCK_N + tl.arange(0, BLOCK_N)
-        delta = scale * _delta(
-            a, b, ids, weights, rows, columns, M, N, rank, experts, TOP_K, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R
-        )
+        delta = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if IN_PLACE:  # a row that is 0 weighs nothing, so nothing is taken out
+            old = (own + 1 + TOP_K).to(tl.pointer_type(tl.float32), bitcast=True)
+            delta = _add_experts(
+                delta, -1.0, a, b, own + 1, old, rows, columns, M, N, rank, experts,
+                TOP_K, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+            )  # fmt: skip
+        delta = scale * _add_experts(
+            delta, 1.0, a, b, ids, weights, rows, columns, M, N, rank, experts,
+            TOP_K, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
         place = rows.to(tl.int64)[:, None] * N + columns[None, :]
         live = (rows < M)[:, None] & (columns < N)[None, :]
         clean = tl.load(base + place, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -149,6 +174,7 @@ class Launch:
         top_k: k.
         scale: factor of the delta.
         device: of everything.
+        in_place: add to base, which is out, and take out what was added last.
     """
 
     def __init__(
@@ -160,11 +186,15 @@ class Launch:
         top_k: int,
         scale: float,
         device: torch.device,
+        *,
+        in_place: bool = False,
     ) -> None:
         rank = max(shape[2] for shape in shapes)
-        self._sizes = block_sizes("merge_all", rank, dtypes[1], device=device)
+        # k and the dtype of A and B: they settle how much a tile computes beside the bytes that it moves
+        self._sizes = block_sizes("merge_all", rank, top_k, dtypes[2], dtypes[1], device=device)
         occupancy = self._sizes.pop("OCCUPANCY")
-        self._sizes["BLOCK_R"] = inner_block(rank, 64)
+        # 32 of float32: both of its parts in memory leave room for a second program
+        self._sizes["BLOCK_R"] = inner_block(rank, 128 // dtypes[2].itemsize)
         rows, first = [], 0
         for M, N, r in shapes:
             rows.append((M, N, r, first))
@@ -173,7 +203,7 @@ class Launch:
             raise ValueError(
                 f"expected fewer than {2**31 - 2**20} tiles, got {first}: split the items over several plans"
             )
-        self._device, self._tiles = device, first
+        self._device, self._tiles, self._top_k = device, first, top_k
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._grid = (min(first, processors * occupancy),)
         aligned = all(address % 16 == 0 for row in pointers for address in row) and all(s[1] % 16 == 0 for s in shapes)
@@ -185,7 +215,13 @@ class Launch:
         self._numbers = (float(scale), len(rows), self._tiles, experts)
         self._flags = dict(zip(("BASE", "OUT", "LORA"), (TL_DTYPES[dtype] for dtype in dtypes), strict=True))
         self._flags["RANK_MULTIPLE"] = math.gcd(16, *(shape[2] for shape in shapes))
-        self._flags |= {"ALIGNED": aligned, "TOP_K": top_k, "STEPS": len(rows).bit_length(), "INTERPRET": INTERPRETED}
+        self._flags |= {
+            "IN_PLACE": in_place,
+            "ALIGNED": aligned,
+            "TOP_K": top_k,
+            "STEPS": len(rows).bit_length(),
+            "INTERPRET": INTERPRETED,
+        }
 
     @property
     def tiles(self) -> int:
@@ -196,6 +232,12 @@ class Launch:
     def programs(self) -> int:
         """How many programs share them."""
         return self._grid[0]
+
+    def applied(self) -> tuple[list[int], list[float]] | None:
+        """Return ids and weights of the last launch; None before any. Waits for the device."""
+        row = self._marks[0].cpu()
+        ids, weights = row[1 : 1 + self._top_k], row[1 + self._top_k :].view(torch.float32)
+        return (ids.tolist(), weights.tolist()) if row[0] else None
 
     def invalidate(self) -> None:
         """Forget what each program last applied."""

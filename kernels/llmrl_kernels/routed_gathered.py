@@ -25,6 +25,7 @@ from llmrl_kernels.backends import (
     use_triton,
 )
 from llmrl_kernels.routed_lora import check_weights, gradients
+from llmrl_kernels.routed_ops import operators
 
 
 def routed_lora_gathered(
@@ -40,11 +41,13 @@ def routed_lora_gathered(
 ) -> Tensor:
     """Return base + scale * sum_s w_s B[ids_s] A[ids_s] x, with gradients to x, A, B, weights and base.
 
+    Under `torch.autocast` x, A, B and base are cast to autocast's dtype, but for float64, as in `routed_lora`.
+
     Args:
         x: `[T, in]`.
         A: `[E, r, in]` in x's dtype.
         B: `[out, E*r]` in x's dtype.
-        ids: `[T, k]` int32, no expert twice in a row.
+        ids: `[T, k]` int32; an expert that a token names twice has the sum of both weights.
         weights: `[T, k]` float32 (or float64 beside a float64 x).
         scale: factor of the whole mixture.
         base: `[T, out]` in x's dtype; None is 0.
@@ -57,6 +60,11 @@ def routed_lora_gathered(
         ValueError: shapes, devices or ids do not fit, or the backend cannot run.
         TypeError: dtypes do not fit.
     """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        x, A, B, weights = x.to(dtype), A.to(dtype), B.to(dtype), weights.float()
+        base = None if base is None else base.to(dtype)
     return _Gathered.apply(x, A, B, weights, base, ids, float(scale), backend)  # type: ignore[no-any-return]
 
 
@@ -83,7 +91,10 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, weights, ids, h = ctx.saved_tensors
         at = ids.long()
-        gates = weights.new_zeros(len(x), len(A)).scatter_(1, at, weights)
+        named = at[:, :, None] == torch.arange(len(A), device=at.device)
+        gates = torch.where(named, weights[:, :, None], 0).sum(
+            1
+        )  # not scattered: adding in any order is not repeatable
         dense = h.new_zeros(len(x), *A.shape[:2]).scatter_(1, at[:, :, None].expand_as(h), h).flatten(1)
         dx, da, db, dgates = gradients(x, A, B, gates, dense, ctx.scale, dy, ctx.needs_input_grad[:4])
         chosen = None if dgates is None else dgates.gather(1, at)
@@ -118,11 +129,14 @@ def routed_shrink_gathered(
     expect_shape("weights", weights, tuple(ids.shape), "[T, k] as of ids")
     check_weights("weights", weights, x)
     expect_no_gradient("routed_shrink_gathered", "use routed_lora_gathered", x, A, weights)
-    if use_triton(backend, x) and len(x):
-        from llmrl_kernels.routed_gathered_triton import FEW_TOKENS, shrink_gathered
+    if use_triton(backend, x):
+        if torch.compiler.is_compiling():
+            return operators.routed_shrink_gathered(x, A, ids, weights)  # type: ignore[no-any-return]
+        if len(x):
+            from llmrl_kernels.routed_gathered_triton import FEW_TOKENS, shrink_gathered
 
-        weights = weights.to(torch.float32).contiguous()
-        return shrink_gathered(x, A.contiguous(), ids.contiguous(), weights, len(x) <= FEW_TOKENS)
+            weights = weights.to(torch.float32).contiguous()
+            return shrink_gathered(x, A.contiguous(), ids.contiguous(), weights, len(x) <= FEW_TOKENS)
     check_range(ids, len(A))
     h = x.new_zeros(*ids.shape, A.shape[1], dtype=sum_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
@@ -163,11 +177,14 @@ def routed_expand_gathered(
     if base is not None:
         expect_shape("base", base, (len(u), len(B)), "[T, out]")
     expect_no_gradient("routed_expand_gathered", "use routed_lora_gathered", u, B, base)
-    if use_triton(backend, u) and len(u):
-        from llmrl_kernels.routed_gathered_triton import FEW_TOKENS, expand_gathered
+    if use_triton(backend, u):
+        if torch.compiler.is_compiling():
+            return operators.routed_expand_gathered(u, B, ids, base, float(scale))  # type: ignore[no-any-return]
+        if len(u):
+            from llmrl_kernels.routed_gathered_triton import FEW_TOKENS, expand_gathered
 
-        few = len(u) <= FEW_TOKENS
-        return expand_gathered(u.contiguous(), B.contiguous(), ids.contiguous(), float(scale), base, few)
+            few = len(u) <= FEW_TOKENS
+            return expand_gathered(u.contiguous(), B.contiguous(), ids.contiguous(), float(scale), base, few)
     check_range(ids, B.shape[1] // rank)
     y = u.new_zeros(len(u), len(B), dtype=sum_dtype(u))
     with torch.autocast(u.device.type, enabled=False):

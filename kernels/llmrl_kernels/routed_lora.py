@@ -7,6 +7,13 @@ out: no sort, no gather, fixed shapes, so that it trains and is captured in a CU
 forms in `routed_gathered.py`, which read the chosen experts alone, have less to compute.
 
 Sums are taken in float32 (float64 for float64), the gate is applied there, and u and y are rounded once, to the dtype of x.
+
+Layers that share an input may be packed as one (`slices`): A holds the experts of all, `[n*E, r, in]`, B their rows one layer
+after the other, `[sum out, E*r]`, and the rows of a layer meet its own columns of u alone. Not in training.
+
+On a GPU a call asks nothing of the device and waits for nothing. It allocates its output and, of few tokens, the partial sums
+of u: within a CUDA graph these come from the graph's own memory, at the same addresses in every replay. Under `torch.compile`
+the kernels are the operators of `routed_ops.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from llmrl_kernels.backends import (
     sum_dtype,
     use_triton,
 )
+from llmrl_kernels.routed_ops import operators
 
 
 def routed_lora(
@@ -37,6 +45,7 @@ def routed_lora(
     scale: float,
     *,
     base: Tensor | None = None,
+    slices: Sequence[int] = (),
     backend: str = "auto",
 ) -> Tensor:
     """Return base + scale * sum_e g_e B_e A_e x, with gradients to x, A, B, gates and base.
@@ -52,13 +61,14 @@ def routed_lora(
         gates: `[..., E]` float32 (or float64 beside a float64 x), zero where an expert is not chosen.
         scale: factor of the whole mixture.
         base: `[..., out]` in x's dtype, the output of the linear layer; None is 0.
+        slices: rows of B of each of n layers packed as one, whose A is `[n*E, r, in]` and gates `[..., n*E]`; no gradient.
         backend: "auto" is the Triton kernel on a GPU and plain torch elsewhere; "torch" or "triton" insists.
 
     Returns:
         `[..., out]` in x's dtype.
 
     Raises:
-        ValueError: shapes or devices do not fit, or the backend cannot run.
+        ValueError: shapes or devices do not fit, slices and a gradient are asked for, or the backend cannot run.
         TypeError: dtypes do not fit.
     """
     kind = x.device.type
@@ -68,11 +78,34 @@ def routed_lora(
         base = None if base is None else base.to(dtype)
     _check_down(x, A, gates)
     expect_alike("x", x, B=B, base=base)
-    _check_up(x.shape[:-1], A.shape[0] * A.shape[1], B, base)
+    _check_up(x.shape[:-1], A.shape[0] * A.shape[1], B, base, slices)
     flat_base = None if base is None else base.flatten(0, -2) if base.dim() != 1 else base[None]
     flat_x, flat_gates = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
-    y = _RoutedLora.apply(flat_x, A, B, flat_gates, flat_base, float(scale), backend)
+    parts, scale = (flat_x, A, B, flat_gates, flat_base), float(scale)
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
+        if slices:
+            raise ValueError("slices: expected tensors that ask for no gradient: train the layers that are packed")
+        y = _RoutedLora.apply(*parts, scale, backend)
+    else:
+        y = _mixture(*parts, scale, slices, backend)
     return y.reshape(*x.shape[:-1], len(B))
+
+
+def _mixture(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gates: Tensor,
+    base: Tensor | None,
+    scale: float,
+    slices: Sequence[int],
+    backend: str,
+) -> Tensor:
+    """Return what `routed_lora` does, of checked tensors, without a gradient."""
+    if torch.compiler.is_compiling() and use_triton(backend, x):
+        return operators.routed_lora(x, A, B, gates, base, scale, slices)
+    u, _ = _shrink(x, A, gates, backend, keep_h=False, partial=True)
+    return _expand(u, B, scale, base, backend, slices)
 
 
 class _RoutedLora(torch.autograd.Function):
@@ -122,18 +155,24 @@ def _by_expert(h: Tensor, A: Tensor) -> Tensor:
     return h.to(sum_dtype(h)).unflatten(1, A.shape[:2])
 
 
-def routed_shrink(x: Tensor, A: Tensor, gates: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def routed_shrink(
+    x: Tensor, A: Tensor, gates: Tensor, *, partial: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
     """Project down to all experts: h = x A^T and u = h * gate. No gradient; that is `routed_lora`.
+
+    Where a step has too few tokens to fill a GPU, the sums are split over programs, and a second launch adds their parts.
+    `routed_expand` does it in passing: give it the u of `partial`.
 
     Args:
         x: `[T, in]`, any strides.
         A: `[E, r, in]` in x's dtype.
         gates: `[T, E]` float32 (or float64 beside a float64 x).
+        partial: for `routed_expand` alone: no h, and u may be S parts `[S, T, E*r]` of it in float32.
         backend: as in `routed_lora`.
 
     Returns:
-        u and the ungated h, both `[T, E*r]` in x's dtype. u is 0 where the gate is, whatever h is there; the gate is applied
-        before h is rounded.
+        u and the ungated h (None if `partial`), both `[T, E*r]` in x's dtype. u is 0 where the gate is, whatever h is there;
+        the gate is applied before h is rounded.
 
     Raises:
         ValueError: shapes or devices do not fit, a gradient is asked for, or the backend cannot run.
@@ -142,33 +181,47 @@ def routed_shrink(x: Tensor, A: Tensor, gates: Tensor, *, backend: str = "auto")
     expect_rank("x", x, 2, "[T, in]")
     _check_down(x, A, gates)
     expect_no_gradient("routed_shrink", "use routed_lora", x, A, gates)
-    u, h = _shrink(x, A, gates, backend, keep_h=True)
-    assert h is not None
-    return u, h
+    return _shrink(x, A, gates, backend, keep_h=not partial, partial=partial)
 
 
-def routed_expand(u: Tensor, B: Tensor, *, scale: float, base: Tensor | None = None, backend: str = "auto") -> Tensor:
+def routed_expand(
+    u: Tensor,
+    B: Tensor,
+    *,
+    scale: float,
+    base: Tensor | None = None,
+    slices: Sequence[int] = (),
+    backend: str = "auto",
+) -> Tensor:
     """Project back up: base + scale * u B^T, rounded once. No gradient; that is `routed_lora`.
 
     Args:
-        u: `[T, E*r]`, the gated output of `routed_shrink`.
-        B: `[out, E*r]` in u's dtype.
+        u: `[T, E*r]` in B's dtype, the gated output of `routed_shrink`, or its parts `[S, T, E*r]` in float32; of n layers
+            packed as one `[T, n*E*r]`.
+        B: `[out, E*r]`.
         scale: factor of the product.
-        base: `[T, out]` in u's dtype; None is 0.
+        base: `[T, out]` in B's dtype; None is 0.
+        slices: as in `routed_lora`.
         backend: as in `routed_lora`.
 
     Returns:
-        `[T, out]` in u's dtype.
+        `[T, out]` in B's dtype.
 
     Raises:
         ValueError: shapes or devices do not fit, a gradient is asked for, or the backend cannot run.
         TypeError: dtypes do not fit.
     """
-    expect_rank("u", u, 2, "[T, E*r]")
-    expect_alike("u", u, B=B, base=base)
-    _check_up(u.shape[:1], u.shape[1], B, base)
+    if u.dim() == 3 and len(u):
+        if u.dtype != torch.float32:
+            raise TypeError(f"u: expected parts [S, T, E*r] in float32, got {u.dtype}")
+        expect_device("u", u, "B", B)
+        expect_alike("B", B, base=base)
+    else:
+        expect_rank("u", u, 2, "[T, E*r]")
+        expect_alike("u", u, B=B, base=base)
+    _check_up(u.shape[-2:-1], u.shape[-1], B, base, slices)
     expect_no_gradient("routed_expand", "use routed_lora", u, B, base)
-    return _expand(u, B, float(scale), base, backend)
+    return _expand(u, B, float(scale), base, backend, slices)
 
 
 def _check_down(x: Tensor, A: Tensor, gates: Tensor) -> None:
@@ -193,18 +246,28 @@ def check_weights(name: str, weights: Tensor, x: Tensor) -> None:
     expect_device(name, weights, "x", x)
 
 
-def _check_up(tokens: torch.Size, total: int, B: Tensor, base: Tensor | None) -> None:
-    if B.dim() != 2 or len(B) == 0 or B.shape[1] != total:
-        raise ValueError(f"B: expected [out, E*r] with E*r = {total}, got {list(B.shape)}")
+def _check_up(tokens: torch.Size, total: int, B: Tensor, base: Tensor | None, slices: Sequence[int]) -> None:
+    layers = len(slices) or 1
+    if B.dim() != 2 or len(B) == 0 or B.shape[1] * layers != total:
+        words = f"E*r = {total}" if layers == 1 else f"{layers}*E*r = {total}"
+        raise ValueError(f"B: expected [out, E*r] with {words}, got {list(B.shape)}")
+    if slices and (min(slices) < 1 or sum(slices) != len(B)):
+        raise ValueError(f"slices: expected positive rows of B that add up to {len(B)}, got {list(slices)}")
     if base is not None:
         expect_shape("base", base, (*tokens, len(B)), "[..., out]")
 
 
-def _shrink(x: Tensor, A: Tensor, gates: Tensor, backend: str, keep_h: bool) -> tuple[Tensor, Tensor | None]:
-    if use_triton(backend, x) and len(x):
-        from llmrl_kernels.routed_lora_triton import shrink
+def _shrink(
+    x: Tensor, A: Tensor, gates: Tensor, backend: str, keep_h: bool, partial: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    if use_triton(backend, x):
+        if torch.compiler.is_compiling():
+            u, h = operators.routed_shrink(x, A, gates, keep_h)
+            return u, h if keep_h else None
+        if len(x):
+            from llmrl_kernels.routed_lora_triton import shrink
 
-        return shrink(x, A.contiguous(), gates.to(torch.float32), keep_h)
+            return shrink(x, A.contiguous(), gates.to(torch.float32), keep_h, partial)
     with torch.autocast(x.device.type, enabled=False):
         h = _product(x, A.flatten(0, 1)).unflatten(1, A.shape[:2])
         gate = gates.to(h.dtype)[:, :, None]
@@ -212,13 +275,23 @@ def _shrink(x: Tensor, A: Tensor, gates: Tensor, backend: str, keep_h: bool) -> 
         return u.to(x.dtype), h.flatten(1).to(x.dtype) if keep_h else None
 
 
-def _expand(u: Tensor, B: Tensor, scale: float, base: Tensor | None, backend: str) -> Tensor:
-    if use_triton(backend, u) and len(u):
-        from llmrl_kernels.routed_lora_triton import expand
+def _expand(
+    u: Tensor, B: Tensor, scale: float, base: Tensor | None, backend: str, slices: Sequence[int] = ()
+) -> Tensor:
+    if use_triton(backend, B):
+        if torch.compiler.is_compiling():
+            return operators.routed_expand(u, B, base, scale, slices)
+        if u.shape[-2]:
+            from llmrl_kernels.routed_lora_triton import expand
 
-        return expand(u, B, scale, base)
+            return expand(u, B, scale, base, slices)
     with torch.autocast(u.device.type, enabled=False):
-        y = _product(u, B).mul_(scale)
+        u = u.sum(0).to(B.dtype) if u.dim() == 3 else u
+        if len(slices) > 1:
+            pairs = zip(u.split(B.shape[1], 1), B.split(list(slices)), strict=True)
+            y = torch.cat([_product(own, rows) for own, rows in pairs], 1).mul_(scale)
+        else:
+            y = _product(u, B).mul_(scale)
         return (y if base is None else y.add_(base)).to(u.dtype)
 
 

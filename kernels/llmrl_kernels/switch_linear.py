@@ -22,6 +22,7 @@ from llmrl_kernels.backends import (
     use_triton,
 )
 from llmrl_kernels.routed_lora import check_weights
+from llmrl_kernels.routed_ops import operators
 
 MAX_TOKENS = 16
 
@@ -88,10 +89,9 @@ def switch_linear(
     triton = use_triton(backend, x)
     if fused and not triton:
         raise ValueError(f"fused: expected the Triton kernel, got plain torch on {x.device}; leave fused out")
-    if not triton or len(x) == 0:
+    compiling = torch.compiler.is_compiling()
+    if not triton or (len(x) == 0 and not compiling):
         return _torch(x, W, A, B, gates, float(scale), bias)
-    from llmrl_kernels.switch_linear_triton import launch
-
     for name, tensor in (("W", W), ("A", A), ("B", B), ("bias", bias)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}; copy it once")
@@ -100,8 +100,12 @@ def switch_linear(
     expect_device("workspace", workspace.u, "x", x)
     if len(workspace.u) < len(x) * total:
         raise ValueError(f"workspace: expected one for E*r = {total}, got one for {len(workspace.u) // MAX_TOKENS}")
-    gates = gates.to(torch.float32)
-    return launch(x, W, A, B, gates, float(scale), bias, workspace.u, workspace.counters, fused)
+    u, counters = workspace.u, workspace.counters
+    if compiling:
+        return operators.switch_linear(x, W, A, B, gates, bias, u, counters, float(scale), fused)  # type: ignore[no-any-return]
+    from llmrl_kernels.switch_linear_triton import launch
+
+    return launch(x, W, A, B, gates.to(torch.float32), float(scale), bias, u, counters, fused)
 
 
 def _check(x: Tensor, W: Tensor, A: Tensor, B: Tensor, gates: Tensor, bias: Tensor | None) -> None:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmrl_kernels.triton_parts import INTERPRETED, dot, inner_block, rounded
-from llmrl_kernels.tuning import block_sizes
+from llmrl_kernels.tuning import block_sizes, processors
 
 BLOCK_TOKENS = 16  # a token is a column of a product, and 16 columns are the least it takes
 FUSED, SHRINK, EXPAND = 0, 1, 2
@@ -142,9 +142,7 @@ def _switch_kernel(
 
 def resident_programs(device: torch.device) -> int:
     """Return how many programs are sure to be on the card together: one a processor, whatever they need of it."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return processors(device)
 
 
 def launch(

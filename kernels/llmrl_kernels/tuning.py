@@ -5,7 +5,8 @@ table of a GPU is `tuned/<name of the device>.json` beside this file, written by
 
     {"device": "...", "date": "...", "versions": {...}, "entries": {"routed_expand/16/128/4096/bfloat16": {"BLOCK_T": 16, ...}}}
 
-None is shipped: numbers of a card are taken on that card.
+None is shipped: numbers of a card are taken on that card. SPLIT, in how many parts `routed_shrink` takes the sum over the
+inputs, is 0 where `split_of` chooses.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ TUNED_FOLDER = Path(__file__).parent / "tuned"
 # What they are measured against, by op and by the number of tokens up to which they hold (None: any).
 DEFAULTS: dict[str, tuple[tuple[int | None, dict[str, int]], ...]] = {
     "routed_shrink": (
-        (16, {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3}),
-        (None, {"BLOCK_T": 64, "BLOCK_R": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}),
+        (16, {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_K": 256, "SPLIT": 0, "num_warps": 4, "num_stages": 3}),
+        (None, {"BLOCK_T": 64, "BLOCK_R": 64, "BLOCK_K": 64, "SPLIT": 0, "num_warps": 4, "num_stages": 3}),
     ),
     "routed_expand": (
         (16, {"BLOCK_T": 16, "BLOCK_O": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 2}),
@@ -44,7 +45,7 @@ DEFAULTS: dict[str, tuple[tuple[int | None, dict[str, int]], ...]] = {
 }
 # In the interpreter a tile costs what a line of Python costs; small ones leave several to a test's small tensors.
 INTERPRETER: dict[str, dict[str, int]] = {
-    "routed_shrink": {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_K": 64},
+    "routed_shrink": {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_K": 64, "SPLIT": 0},
     "routed_expand": {"BLOCK_T": 16, "BLOCK_O": 64, "BLOCK_R": 32},
     "gathered_shrink": {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_K": 64},
     "gathered_expand": {"BLOCK_T": 16, "BLOCK_O": 64, "BLOCK_R": 16},
@@ -52,6 +53,9 @@ INTERPRETER: dict[str, dict[str, int]] = {
     "switch_linear": {"BLOCK_R": 16, "BLOCK_O": 32, "BLOCK_K": 64},
 }
 
+
+LEAST_PART = 256  # inputs that a part of a split sum has at least
+MOST_PARTS = 256  # rows of parts, tokens times parts, that every program of the expand reads
 
 _forced: dict[str, dict[str, int]] = {}
 
@@ -111,6 +115,37 @@ def block_sizes(op: str, *key: object, tokens: int = 1, device: torch.device | N
     return dict(measured or default_sizes(op, tokens))
 
 
+def split_of(blocks: int, width: int, tokens: int, block: int, processors: int) -> int:
+    """Return into how many parts to split sums over `width` inputs, so that a step of few tokens fills a GPU.
+
+    The same for all numbers of tokens of a bucket: a token's bits do not depend on how many others are in the batch.
+
+    Args:
+        blocks: of columns of the output, a program each.
+        width: inputs.
+        tokens: how many there are; where their bucket is more than one tile of `block`, sums stay whole.
+        block: tokens a tile.
+        processors: of the GPU.
+
+    Returns:
+        A power of two.
+    """
+    bucket = token_bucket(tokens)
+    if tokens > bucket or bucket > block:
+        return 1
+    wanted = 1 << max(0, -(-processors // blocks) - 1).bit_length()
+    most = max(1, min(width // LEAST_PART, MOST_PARTS // bucket))
+    return min(wanted, 1 << (most.bit_length() - 1))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return how many processors a GPU has; 1 for a CPU, where the interpreter runs program after program."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def default_sizes(op: str, tokens: int) -> dict[str, int]:
     """Return the tiles for a GPU that nobody has measured."""
     fitting = [sizes for most, sizes in DEFAULTS[op] if most is None or tokens <= most]
@@ -138,7 +173,9 @@ def read_table(file: Path) -> dict[str, dict[str, int]]:
         entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
         for key, sizes in entries.items():
             expected = DEFAULTS[key.partition("/")[0]][0][1].keys()
-            if sizes.keys() != expected or not all(type(size) is int and size > 0 for size in sizes.values()):
+            if sizes.keys() != expected or not all(
+                type(size) is int and size >= (name != "SPLIT") for name, size in sizes.items()
+            ):
                 raise ValueError(f"{key}: expected positive integers {', '.join(expected)}, got {sizes}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(

@@ -10,7 +10,6 @@ import torch
 from llmrl.errors import LlmrlError
 from llmrl.fingerprints import fingerprint_weights, weight_files
 from llmrl.heads import BaseReference
-from llmrl.lora_switch.config import layer_number
 from llmrl.modeling import local_folder
 
 
@@ -30,14 +29,15 @@ def base_of(model: Any) -> BaseReference:
 
 
 def holds(folder: Path | str, model: Any) -> bool:
-    """Tell whether the linear layers in memory are those of a checkpoint, by two rows of each."""
+    """Tell whether the weights in memory are those of a checkpoint, by their shapes and two rows of each.
+
+    What is on the meta device or sharded cannot be read and is taken for the checkpoint's.
+    """
     from safetensors import safe_open
 
-    own = {
-        f"{n}.weight": m.weight
-        for n, m in model.named_modules()
-        if layer_number(n) is not None and hasattr(m, "weight")
-    }
+    modules = [(name, module) for name, module in model.named_modules() if not name.startswith("switch_router")]
+    own = {f"{n}.weight": m.weight for n, m in modules if isinstance(getattr(m, "weight", None), torch.Tensor)}
+    hidden = {name for name, weight in own.items() if weight.is_meta or hasattr(weight, "full_tensor")}
     compared = 0
     for file in weight_files(folder):
         with safe_open(str(file), framework="pt") as tensors:
@@ -45,8 +45,10 @@ def holds(folder: Path | str, model: Any) -> bool:
                 mine, part = own[name].detach(), tensors.get_slice(name)
                 if list(mine.shape) != list(part.get_shape()):
                     return False
+                compared += 1
+                if name in hidden:
+                    continue
                 for row in {0, len(mine) // 2}:
                     if not torch.equal(part[row : row + 1].to(mine.dtype), mine[row : row + 1].cpu()):
                         return False
-                compared += 1
     return compared > 0

@@ -24,10 +24,11 @@ class SwitchConfig:
     Args:
         num_experts: E. With one expert the model is plain LoRA.
         r: rank of an expert.
-        alpha: numerator of the factor `alpha / r`; 0 stands for 2 r.
+        alpha: numerator of the factor `alpha / r`; 0 stands for 2 r top_k: gates sum to 1, so that the chosen experts move the
+            output as far as one LoRA of their ranks together does with an alpha of twice its rank.
         target_modules: last parts of the names of the layers that get experts, or "all-linear" (every linear layer within a
             decoder layer).
-        router_input: what the router reads. "embedding": the normed embedding of the token, so that a route is a function of
+        router_input: what the router reads. "embedding": the embedding of the token, normed, so that a route is a function of
             the token id alone. "layer0_mlp": what enters the MLP of the first decoder layer; the attention before it has no
             experts. "layer_k": what enters the attention of decoder layer `router_layer`, normed; layers before it have no
             experts. "prompt_pooled": the mean of the normed embeddings of the prompt, one route a sequence.
@@ -66,6 +67,10 @@ class SwitchConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}: {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
+        if self.top_k == 1 < self.num_experts and self.gate == "softmax":
+            raise ConfigError(
+                "top_k 1 with gate 'softmax' weighs every choice 1, so the router would learn nothing: use gate 'hard'"
+            )
         if not isinstance(self.router_layer, int) or self.router_layer < 0:
             raise ConfigError(f"router_layer: expected the number of a decoder layer, got {self.router_layer!r}")
         if self.router_layer and self.router_input != "layer_k":
@@ -81,7 +86,7 @@ class SwitchConfig:
     @property
     def scale(self) -> float:
         """The factor of the experts' sum."""
-        return (self.alpha or 2.0 * self.r) / self.r
+        return (self.alpha or 2.0 * self.r * self.top_k) / self.r
 
     def targets(self, name: str) -> bool:
         """Tell whether the linear layer with this dotted name is asked for."""

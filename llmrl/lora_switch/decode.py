@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmrl.errors import ModelError, UsageError
+from llmrl.lora_switch.layer import SwitchLinear, stamp_of
 
 
 class DecodeLoop:
@@ -33,8 +34,8 @@ class DecodeLoop:
         device = next(model.parameters()).device
         self.graphed = device.type == "cuda" if graph is None else graph
         runner = type(getattr(model, "_switch_runner", None)).__name__
-        if self.graphed and runner in ("_Resident", "_InPlace"):
-            raise ModelError(f"the mode {runner.strip('_').lower()} reads its route on the host: pass graph=False")
+        if self.graphed and runner == "_Resident":
+            raise ModelError("the mode resident reads its route on the host: pass graph=False")
         self.cache = StaticCache(config=model.config, max_cache_len=max_length)
         if self.graphed and any(hasattr(layer, "cumulative_length_int") for layer in self.cache.layers):
             raise ModelError("a cache with a sliding window counts tokens on the host: pass graph=False")
@@ -42,7 +43,8 @@ class DecodeLoop:
         self.position = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.logits: Tensor | None = None
         self._graph: Any = None
-        self._captured: tuple[Any, ...] = ()  # the run mode and the fixed route that the graph holds
+        self._held: list[Any] = []  # the run mode, the fixed route and the packed layers of the graph, kept alive
+        self._state: Any = None  # the rest of what it depends on
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
@@ -76,11 +78,15 @@ class DecodeLoop:
         return torch.cat(new, 1)
 
     def _drop_stale_graph(self) -> None:
-        runner, config = getattr(self.model, "_switch_runner", None), getattr(self.model, "switch_config", None)
-        held = runner, getattr(runner, "fixed", None)
-        same = len(self._captured) == len(held) and all(a is b for a, b in zip(held, self._captured, strict=True))
+        """Forget a graph that holds another run mode, fixed route or switch than now, or weights that changed since."""
+        config = getattr(self.model, "switch_config", None)
+        held = [getattr(self.model, name, None) for name in ("_switch_runner", "_switch_fixed")]
+        held += [module.shared for module in self.model.modules() if isinstance(module, SwitchLinear)]
+        state = getattr(self.model, "_switch_off", None), stamp_of(self.model.parameters())
+        same = state == self._state and list(map(id, held)) == list(map(id, self._held))
         if not same or (config is not None and config.router_input == "prompt_pooled"):
-            self._graph, self._captured = None, held  # what it reads lies elsewhere now
+            # merged and packed copies are made anew by the warm-up that comes before a capture
+            self._graph, self._held, self._state = None, held, state
 
     def _step(self) -> Tensor:
         if not self.graphed:

@@ -15,7 +15,7 @@ from llmrl.files import check_output_dir, publish_folder, staging_folder, write_
 from llmrl.fingerprints import fingerprint_weights
 from llmrl.lora_switch.base_identity import base_of
 from llmrl.lora_switch.config import SwitchConfig, is_routed
-from llmrl.lora_switch.model import get_switch_model
+from llmrl.lora_switch.model import check_plain, get_switch_model
 from llmrl.lora_switch.options import ExportConfig
 from llmrl.modeling import read_tensors
 from llmrl.rollout.adapters import check_adapter
@@ -40,6 +40,7 @@ def import_experts(model: Any, folders: Sequence[Path | str], **options: Any) ->
     """
     if not folders:
         raise UsageError("expected at least one folder of a peft adapter")
+    check_plain(model)
     read = [_read_adapter(Path(folder)) for folder in folders]
     first = read[0]
     for folder, (tensors, rank, _) in zip(folders[1:], read[1:], strict=True):

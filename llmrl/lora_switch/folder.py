@@ -9,6 +9,7 @@ The base's weights are not in it. The name of the weight file is the one Trainer
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ from llmrl.fingerprints import fingerprint_weights
 from llmrl.heads import BaseReference
 from llmrl.lora_switch.base_identity import base_of, holds
 from llmrl.lora_switch.config import SwitchConfig
-from llmrl.lora_switch.model import CLASS_PREFIX, SwitchMixin, get_switch_model
+from llmrl.lora_switch.model import CLASS_PREFIX, SwitchMixin, get_switch_model, is_switch_name, switch_state
 from llmrl.modeling import local_folder, read_tensors
 
 MODEL_TYPE = CONFIG_KEY = "llmrl_switch"
 ARCHITECTURE_PREFIX = "LlmrlSwitch"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 1
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,7 @@ class SwitchFolder:
 
 def switch_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what a folder holds of a state dict: contiguous CPU tensors by name."""
-    kept = {n: t for n, t in state.items() if n.endswith((".switch_A", ".switch_B")) or n.startswith("switch_router.")}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if is_switch_name(name)}
 
 
 def save_switch_folder(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -86,9 +87,14 @@ def save_switch_folder(model: Any, folder: Path, state: Mapping[str, Tensor] | N
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    target = folder / WEIGHTS_FILE
+    partial = folder / (WEIGHTS_FILE + ".tmp")
+    save_file(switch_tensors(switch_state(model) if state is None else state), str(partial), metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors makes it readable by its owner only
+    partial.replace(target)
     described = SwitchFolder(
         model.switch_config,
-        model.switch_base,
+        _named_base(model),
         model.config.model_type,
         type(model).__name__.removeprefix(CLASS_PREFIX),
     )
@@ -103,11 +109,22 @@ def save_switch_folder(model: Any, folder: Path, state: Mapping[str, Tensor] | N
     write_json(path, fields)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    target = folder / WEIGHTS_FILE
-    partial = folder / (WEIGHTS_FILE + ".tmp")
-    save_file(switch_tensors(model.state_dict() if state is None else state), str(partial), metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes it readable by its owner only
-    partial.replace(target)
+
+
+def _named_base(model: Any) -> BaseReference:
+    """Return which base the experts belong to; none where it was changed in memory since, which is said."""
+    reference: BaseReference = model.switch_base
+    there = bool(reference.model) and Path(reference.model).is_dir()
+    if there and not holds(reference.model, model):
+        _log.warning(
+            "the base is not what lies in %s any more (trained, resized or edited): the folder does not name it; save the "
+            "base too, and pass it as base= when the experts are opened",
+            reference.model,
+        )
+        return BaseReference("", "", "", "")
+    if not reference.model:
+        _log.warning("the base came from no folder of safetensors: pass it as base= when the experts are opened")
+    return reference
 
 
 def read_switch_folder(folder: Path | str) -> SwitchFolder:
@@ -152,7 +169,10 @@ def load_switch_model(folder: Path | str, *, base: Any = None, **kwargs: Any) ->
     hub = {**own, "revision": reference.revision}
     if base is None:
         if not reference.model:
-            raise ModelError(f"{folder} does not name its base (it came from no folder): pass it as base=")
+            raise ModelError(
+                f"{folder} does not name its base (it came from no folder of safetensors, or was changed in memory): "
+                "pass it as base="
+            )
         if kwargs.get("dtype") is None:  # the one it was trained in, which need not be the base's own
             kwargs["dtype"] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype") or "auto"
         kwargs.update(use_safetensors=True, trust_remote_code=False, **hub)

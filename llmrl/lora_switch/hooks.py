@@ -87,8 +87,12 @@ def _watch_outside(model: Any) -> list[Any]:
             )
         return out
 
+    def forget(module: Any, args: Any, out: Any) -> None:
+        model._switch_next = None  # of a pass that failed before its decoder began
+
     return [
         model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(forget, always_call=True),
         model.register_forward_hook(end, with_kwargs=True),
     ]
 
@@ -130,7 +134,8 @@ def _named(module: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _begin(model: Any, given: dict[str, Any], prompt_mask: Tensor | None) -> ForwardRoute:
     """Return the route to be filled, with the prompt's mask where the router pools over it."""
     now = ForwardRoute(off=model._switch_off)
-    if model.switch_config.router_input != "prompt_pooled" or now.off:
+    pooling = model.switch_config.router_input == "prompt_pooled" and model._switch_pooled is None
+    if not pooling or now.off or (model._switch_fixed is not None and not model.training):
         return now
     now.cache = given.get("past_key_values")
     labels, attention = given.get("labels"), given.get("attention_mask")
@@ -147,10 +152,10 @@ def _begin(model: Any, given: dict[str, Any], prompt_mask: Tensor | None) -> For
                 "router_input 'prompt_pooled' found a row without a prompt (it begins with a label that is not -100): give "
                 "rows a prompt, or switch_prompt_mask [B, T], or choose another router_input"
             )
-    elif model.training:
+    elif model.training or given.get("use_cache") is False:  # nothing says where a prompt ends, or that one begins here
         raise ModelError(
             "router_input 'prompt_pooled' cannot tell the prompt from the answer: give labels with -100 on the prompt, or "
-            "switch_prompt_mask [B, T]"
+            "switch_prompt_mask [B, T], which is 1 on the prompt"
         )
     positions = given.get("position_ids")
     if model.training and positions is not None and bool((positions[:, 1:] == 0).any()):
@@ -168,7 +173,7 @@ def pooled_route(model: Any, ids: Tensor, attention: Tensor | None) -> Route:
     with model.disable_experts():
         seen: list[Tensor] = []
         site, _ = router_site(decoder_layers(model), model.switch_config)
-        handle = site.register_forward_hook(lambda module, args, output: seen.append(output))
+        handle = site.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
             model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
         finally:
@@ -182,8 +187,8 @@ def _decide(model: Any, now: ForwardRoute | None, states: Tensor) -> None:
         return
     config, router = model.switch_config, model.switch_router
     runner = model._switch_runner
-    if runner is not None and runner.fixed is not None:
-        now.gates = runner.fixed
+    if model._switch_fixed is not None and not model.training:
+        now.gates = model._switch_fixed.to(states.device)
     elif config.router_input == "prompt_pooled":
         now.route = model._switch_pooled or getattr(now.cache, ROUTE_ARGUMENT, None)
         if now.route is None:

@@ -39,8 +39,8 @@ class ForwardRoute:
             return gates
         if gates.dim() == x.dim():
             return gates.expand(*x.shape[:-1], gates.shape[-1])
-        if x.dim() == 2 and gates.shape[:-1].numel() == len(x):
-            return gates.reshape(len(x), -1)
+        if x.dim() == 2 and len(x) % gates.shape[:-1].numel() == 0:  # rows laid end to end, one gate a token or a row
+            return gates.reshape(-1, gates.shape[-1]).repeat_interleave(len(x) // gates.shape[:-1].numel(), 0)
         raise ModelError(
             f"a layer got an input {list(x.shape)}, the router saw tokens {list(gates.shape[:-1])}: not a layer to adapt"
         )
@@ -62,24 +62,24 @@ class SharedInput:
     def __init__(self, layers: list[SwitchLinear]) -> None:
         self._layers = layers
         self._stamp = stamp(layers)
-        self._a, _ = pack([(layer.switch_A.detach(), layer.switch_B.detach()) for layer in layers])
+        self._a = pack([(layer.switch_A.detach(), layer.switch_B.detach()) for layer in layers])[0]
         self._input: Tensor | None = None
         self._products: Tensor | None = None
         self._left = 0
 
     def products(self, layer: SwitchLinear, x: Tensor, gates: Tensor) -> Tensor:
-        """Return the gated products `[T, E r]` of `layer` on the rows of x `[..., in]`."""
+        """Return the gated products `[T, E r]` of `layer` on the rows of x `[..., in]`, or parts of them to be added."""
         experts, rank, width = layer.switch_A.shape
         if self._input is not x:
             if self._stamp != stamp(self._layers):  # trained, loaded or cast since
                 self.__init__(self._layers)  # type: ignore[misc]
             rows = x.reshape(-1, width).to(self._a.dtype)
             flat = gates.reshape(-1, experts).repeat(1, len(self._layers))
-            self._products, _ = routed_shrink(rows, self._a, flat)
+            self._products, _ = routed_shrink(rows, self._a, flat, partial=True)
             self._input, self._left = x, len(self._layers)
         assert self._products is not None
         size = experts * rank
-        own = self._products.narrow(1, self._layers.index(layer) * size, size)
+        own = self._products.narrow(-1, self._layers.index(layer) * size, size)
         self._left -= 1
         if not self._left:
             self._input = self._products = None
@@ -87,8 +87,13 @@ class SharedInput:
 
 
 def stamp(layers: Iterable[SwitchLinear]) -> list[tuple[int, int]]:
-    """Return what changes when any tensor of the layers is written in place or replaced."""
-    return [(p._version, p.data_ptr()) for layer in layers for p in (layer.weight, layer.switch_A, layer.switch_B)]
+    """Return what changes when a tensor of the layers is written in place or replaced; not so a write through `.data`."""
+    return stamp_of(p for layer in layers for p in (layer.weight, layer.switch_A, layer.switch_B))
+
+
+def stamp_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Return a version and an address a tensor; tensors made under `torch.inference_mode` count no versions."""
+    return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
 
 
 class SwitchLinear(nn.Module):
@@ -160,7 +165,7 @@ class SwitchLinear(nn.Module):
         return out + routed_lora(inner, self.switch_A, self.switch_B, gates, self.scale).to(out.dtype)
 
     def _expanded(self, gated: Tensor, out: Tensor) -> Tensor:
-        if gated.dtype == out.dtype:
+        if self.switch_B.dtype == out.dtype:
             base = out.reshape(-1, self.out_features)
             return routed_expand(gated, self.switch_B, scale=self.scale, base=base).view_as(out)
         return out + routed_expand(gated, self.switch_B, scale=self.scale).view_as(out).to(out.dtype)

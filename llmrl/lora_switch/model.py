@@ -17,7 +17,7 @@ from llmrl.errors import ConfigError, ModelError, did_you_mean
 from llmrl.heads import BaseReference
 from llmrl.lora_switch.base_identity import base_of
 from llmrl.lora_switch.config import ALL_LINEAR, SwitchConfig, is_routed, layer_number
-from llmrl.lora_switch.hooks import decoder_layers, pooled_route, watch
+from llmrl.lora_switch.hooks import ROUTE_ARGUMENT, decoder_layers, pooled_route, watch
 from llmrl.lora_switch.layer import ForwardRoute, RouteSlot, SharedInput, SwitchLinear
 from llmrl.lora_switch.pack import PACKED
 from llmrl.lora_switch.router import Router, router_site
@@ -37,6 +37,7 @@ class SwitchMixin:
     _switch_next: ForwardRoute | None  # of the call whose decoder has not begun
     _switch_off: bool
     _switch_pooled: Route | None  # of the prompts that are being continued
+    _switch_fixed: Tensor | None  # gates [1, 1, E] in the router's place, see fix_route
     _switch_slots: list[RouteSlot]
     _switch_handles: list[Any]
     _switch_runner: Any  # a run mode that merges, see llmrl.lora_switch.modes
@@ -101,8 +102,18 @@ class SwitchMixin:
                     layer.shared = shared
 
     def train(self, mode: bool = True) -> Any:
-        """As the base's; training takes back what was packed or merged for inference."""
+        """As the base's; training takes back what was packed or merged for inference.
+
+        Raises:
+            ModelError: a parameter of the base is to be trained, which no folder of experts would hold.
+        """
         if mode:
+            also = [n for n, p in self.named_parameters() if p.requires_grad and not is_switch_name(n)]  # type: ignore[attr-defined]
+            if also:
+                raise ModelError(
+                    f"{also[0]} is to be trained, but experts and router are all that is saved: freeze it with "
+                    "requires_grad_(False), or train and save the base first"
+                )
             self._switch_runner = None
             for layer in self.switch_layers().values():
                 layer.shared = layer.merged_weight = layer.resident_weights = None
@@ -115,24 +126,38 @@ class SwitchMixin:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if ids is None:
             raise ModelError("router_input 'prompt_pooled' reads the prompt's tokens: give generate() input_ids")
-        self._switch_pooled = pooled_route(self, ids, kwargs.get("attention_mask"))
+        if getattr(kwargs.get("past_key_values"), ROUTE_ARGUMENT, None) is not None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]  # goes on with the route its keys were made by
+        mask = kwargs.get("attention_mask")
+        self._switch_pooled = pooled_route(self, ids, self._mask_of(ids, kwargs) if mask is None else mask)
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self._switch_pooled = None
 
+    def _mask_of(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Return where tokens are, as `generate` guesses it: padding is what is not a token that ends a text."""
+        config: Any = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
+        pad, end = (kwargs.get(key, getattr(config, key)) for key in ("pad_token_id", "eos_token_id"))
+        ends = end if isinstance(end, (list, tuple)) else [end]
+        return None if pad is None or pad in ends else ids.ne(pad).long()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy the model; hooks and routes are the copy's own."""
+        """Copy the model, with its fixed route; hooks are the copy's own, and it runs fused."""
         for handle in self._switch_handles:
             handle.remove()
+        runner = self._switch_runner
         self._switch_handles, self._switch_now, self._switch_next, self._switch_runner = [], None, None, None
         for slot in self._switch_slots:
             slot.now = None
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for layer in made.switch_layers().values():
+            layer.shared = layer.merged_weight = layer.resident_weights = None
         watch(self)
         watch(made)
+        self._switch_runner = runner
         return made
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -146,6 +171,8 @@ class SwitchMixin:
 
         if kwargs.get("push_to_hub"):
             raise ModelError("push_to_hub is not done here: save to a folder and upload it with `hf upload`")
+        if state_dict is None:
+            state_dict = switch_state(self)  # gathers what is sharded, so every process has to come here
         if is_main_process:
             save_switch_folder(self, Path(save_directory), state_dict)
 
@@ -165,7 +192,7 @@ def get_switch_model(model: Any, config: SwitchConfig) -> Any:
         ConfigError: target modules that the model does not have.
         ModelError: a model that already carries adapters, quantised layers, or an architecture the router cannot read.
     """
-    _check_plain(model)
+    check_plain(model)
     layers = decoder_layers(model)
     router_site(layers, config)  # refuses what it cannot read
     targets = _targets(model, config)
@@ -184,7 +211,7 @@ def get_switch_model(model: Any, config: SwitchConfig) -> Any:
     hidden = model.config.get_text_config().hidden_size
     model.switch_router = Router(config, hidden).to(next(model.parameters()).device)
     model._switch_now = model._switch_next = model._switch_runner = None
-    model._switch_off, model._switch_pooled = False, None
+    model._switch_off, model._switch_pooled, model._switch_fixed = False, None, None
     model._switch_slots, model._switch_handles = slots, []
     watch(model)
     return model
@@ -198,11 +225,29 @@ def switch_class(base: Any) -> Any:
     )
 
 
-def _check_plain(model: Any) -> None:
+def is_switch_name(name: str) -> bool:
+    """Tell whether a parameter is an expert's or the router's, by its dotted name."""
+    return name.endswith((".switch_A", ".switch_B")) or name.startswith("switch_router.")
+
+
+def switch_state(model: Any) -> dict[str, Tensor]:
+    """Return experts and router by name; what FSDP2 shards is gathered, so that every process has to ask."""
+    own = {name: p.detach() for name, p in model.named_parameters() if is_switch_name(name)}
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in own.items()}
+
+
+def check_plain(model: Any) -> None:
+    """Refuse a model that experts cannot be put on.
+
+    Raises:
+        ModelError: it carries experts or an adapter, is quantised, or is more than a text model.
+    """
     if isinstance(model, SwitchMixin):
         raise ModelError("the model already has experts: load the base again")
     if hasattr(model, "peft_config"):
         raise ModelError("the model carries a peft adapter: merge it or load the base, then import adapters as experts")
+    if model.config.get_text_config() is not model.config:
+        raise ModelError(f"{type(model).__name__} has more than a text model: experts sit on causal LMs for text alone")
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
         raise ModelError("the base is quantised, experts sit on plain linear layers: load it in bfloat16 or float32")
 
@@ -215,13 +260,16 @@ def _targets(model: Any, config: SwitchConfig) -> list[str]:
     if missing:
         leaves = sorted({name.rpartition(".")[2] for name in linear})
         raise ConfigError(
-            f"target_modules: no linear layer is called '{missing[0]}'{did_you_mean(missing[0], leaves)}; "
+            f"target_modules: no linear layer of the decoder layers is called '{missing[0]}'"
+            f"{did_you_mean(missing[0], leaves)}; "
             f"the model has {', '.join(leaves)}"
         )
     if config.target_modules == ALL_LINEAR and any(
         p.dim() == 3 and layer_number(name) is not None for name, p in model.named_parameters()
     ):
-        _log.warning("the experts of the base's own mixture are no linear layers: they get no adapters, attention does")
+        _log.warning(
+            "the experts of the base's own mixture are no linear layers: they get no adapters, other layers do"
+        )
     asked = [name for name in linear if config.targets(name)]
     found = [name for name in asked if is_routed(config, name)]
     if not found:

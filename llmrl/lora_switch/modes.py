@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llmrl.errors import ConfigError, ModelError, did_you_mean
 from llmrl.lora_switch.experts import mixture_weights
 from llmrl.lora_switch.layer import ForwardRoute, SwitchLinear, stamp
-from llmrl_kernels.merge_all import MergeItem, MergePlan, subtract_and_add
+from llmrl_kernels.merge_all import InPlacePlan, MergeItem, MergePlan
 
 MODES = ("fused", "merged", "resident", "in_place")
 
@@ -38,14 +39,13 @@ def set_switch_mode(model: Any, mode: str) -> None:
         raise ConfigError(f"mode: {mode!r} is not one of {', '.join(MODES)}{did_you_mean(mode, MODES)}")
     if model.training:
         raise ModelError("the model is in training, where experts change: call model.eval() first")
-    fixed = None if model._switch_runner is None else model._switch_runner.fixed
+    _check_whole(model)
     release(model)
     model._switch_runner = _RUNNERS[mode](model)
-    model._switch_runner.fix(fixed)
 
 
 def fix_route(model: Any, weights: Sequence[float] | Mapping[int, float] | None) -> None:
-    """Use one mixture of experts for every token instead of asking the router; None asks it again.
+    """Use one mixture of experts for every token instead of asking the router; None asks it again. Training passes ask it.
 
     Args:
         model: a switch model in evaluation.
@@ -57,14 +57,9 @@ def fix_route(model: Any, weights: Sequence[float] | Mapping[int, float] | None)
     """
     if model.training:
         raise ModelError("the model is in training, where its router is learnt: call model.eval() first")
-    if model._switch_runner is None:
-        model._switch_runner = _Fused(model)
-    if weights is None:
-        model._switch_runner.fix(None)
-        return
-    found = mixture_weights(weights, model.switch_config.num_experts)
+    found = None if weights is None else mixture_weights(weights, model.switch_config.num_experts)
     device = model.switch_router.weight.device
-    model._switch_runner.fix(torch.tensor(found, device=device)[None, None])
+    model._switch_fixed = None if found is None else torch.tensor(found, device=device)[None, None]
 
 
 def drift(model: Any) -> float:
@@ -77,6 +72,25 @@ def drift(model: Any) -> float:
     if not isinstance(runner, _InPlace):
         raise ModelError("drift is measured in the mode 'in_place': call set_switch_mode(model, 'in_place')")
     return runner.drift()
+
+
+def _check_whole(model: Any) -> None:
+    """Refuse layers that one launch cannot merge.
+
+    Raises:
+        ModelError: tensors that are sharded, or of more than one dtype or device.
+    """
+    layers = list(model.switch_layers().values())
+    if any(hasattr(layer.weight, "full_tensor") for layer in layers):
+        raise ModelError(
+            "the model is sharded (FSDP), merged copies need whole layers: save it and load it in one process"
+        )
+    for what in ("dtype", "device"):
+        found = sorted({str(getattr(layer.weight, what)) for layer in layers})
+        if len(found) > 1:
+            raise ModelError(
+                f"layers with experts have several {what}s ({', '.join(found)}): stay with the mode 'fused'"
+            )
 
 
 def merge_items(model: Any, outs: Mapping[str, Tensor]) -> list[MergeItem]:
@@ -96,13 +110,9 @@ def release(model: Any) -> None:
 
 class _Fused:
     def __init__(self, model: Any) -> None:
-        self.model, self.fixed = model, None
+        self.model = model
         self.layers: dict[str, SwitchLinear] = model.switch_layers()
         self._stamp = stamp(self.layers.values())
-
-    def fix(self, gates: Tensor | None) -> None:
-        """Use `[1, 1, E]` for all tokens."""
-        self.fixed = gates
 
     def decided(self, now: ForwardRoute) -> None:
         """Called once a pass, after its route is known and before any layer with experts runs.
@@ -115,10 +125,10 @@ class _Fused:
         if found is None:
             return
         if self._stamp != stamp(self.layers.values()):
-            fixed, model = self.fixed, self.model
+            model = self.model
             release(model)
             self.__init__(model)  # type: ignore[misc]
-            self.fixed, model._switch_runner = fixed, self
+            model._switch_runner = self
         self.use(now, *found)
 
     def use(self, now: ForwardRoute, ids: Tensor, weights: Tensor) -> None:
@@ -126,8 +136,8 @@ class _Fused:
 
     def single(self, now: ForwardRoute) -> tuple[Tensor, Tensor] | None:
         """Return ids `[k]` and weights `[k]` where the pass has one route."""
-        if self.fixed is not None:
-            gates = self.fixed.reshape(-1)
+        if now.route is None and now.gates is not None:  # fixed
+            gates = now.gates.reshape(-1)
             return torch.arange(len(gates), dtype=torch.int32, device=gates.device), gates
         if now.route is None or now.route.ids.shape[:-1].numel() != 1:
             return None
@@ -172,7 +182,7 @@ class _Resident(_Fused):
 
     def use(self, now: ForwardRoute, ids: Tensor, weights: Tensor) -> None:
         """Point at the copy of the expert; reading its number waits for the device."""
-        if self.fixed is None:
+        if now.route is not None:
             now.resident = int(ids[0])
 
 
@@ -181,27 +191,23 @@ class _InPlace(_Fused):
         super().__init__(model)
         for layer in self.layers.values():
             layer.merged_weight = layer.weight.detach().clone()
-        self._items = [
-            MergeItem(i.out, i.out, i.A, i.B)
-            for i in merge_items(model, {name: layer.merged_weight for name, layer in self.layers.items()})  # type: ignore[misc]
-        ]
-        self._old: tuple[Tensor, Tensor] | None = None
+        outs = {name: layer.merged_weight for name, layer in self.layers.items()}
+        items = [MergeItem(i.out, i.out, i.A, i.B) for i in merge_items(model, outs)]  # type: ignore[arg-type]
+        # one plan for routes of any length, a fixed one of every expert too: it alone knows what the copies hold
+        self._most = model.switch_config.num_experts
+        self._plan = InPlacePlan(items, top_k=self._most, scale=model.switch_config.scale)
 
     def use(self, now: ForwardRoute, ids: Tensor, weights: Tensor) -> None:
         """Subtract the last route's experts and add this one's."""
-        old, new = self._old, (ids, weights)
-        if old is None or not all(map(torch.equal, old, new)):
-            subtract_and_add(self._items, old, new, scale=self.model.switch_config.scale)
-            self._old = ids.clone(), weights.clone()
+        more = self._most - len(ids)
+        self._plan.merge(F.pad(ids, (0, more)), F.pad(weights, (0, more)), check=False)
         now.merged = True
 
     def drift(self) -> float:
         """Return ||copies - (W + experts)|| / ||W||."""
         wrong = whole = 0.0
         outs = {name: torch.empty_like(layer.weight.detach()) for name, layer in self.layers.items()}
-        device = next(iter(outs.values())).device
-        none = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, device=device)
-        ids, weights = self._old or none
+        ids, weights = self._plan.held() or ([0], [0.0])
         plan = MergePlan(merge_items(self.model, outs), top_k=len(ids), scale=self.model.switch_config.scale)
         plan.merge(ids, weights)
         for name, layer in self.layers.items():

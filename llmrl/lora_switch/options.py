@@ -23,7 +23,7 @@ class TrainConfig:
     test_data: list[str] | None = option(None, help="the same, held out: its loss a task is reported")
     num_experts: int = option(8, help="E; 1 is plain LoRA")
     r: int = option(16, help="rank of an expert")
-    alpha: float = option(0.0, help="the experts' sum is multiplied by alpha / r; 0 stands for 2 r")
+    alpha: float = option(0.0, help="the experts' sum is multiplied by alpha / r; 0 stands for 2 r top_k")
     target_modules: list[str] = option([ALL_LINEAR], help="last parts of the layers' names, or all-linear")
     router_input: str = option("embedding", choices=ROUTER_INPUTS, help="what the router reads")
     router_layer: int = option(0, help="the decoder layer of layer_k")

@@ -1,4 +1,8 @@
-"""The router: one linear map, shared by every layer with experts, and where in the model it reads."""
+"""The router: one linear map, shared by every layer with experts, and where in the model it reads.
+
+Embeddings are the same bits in every engine, normed ones are not (in bfloat16 a quarter of the elements differ between
+transformers and vLLM), so a router of embeddings takes them raw and norms them itself, in float32.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from torch.nn import functional as F
 
 from llmrl.errors import ModelError
 from llmrl.lora_switch.config import SwitchConfig
-from llmrl.lora_switch.routing import Route, choose, pooled
+from llmrl.lora_switch.routing import Route, choose, pooled, rms_normed
 
 
 class Router(nn.Module):
-    """`[..., hidden]` -> `Route`. Computes in float32 whatever the model's dtype, so that trainer and server choose alike.
+    """`[..., hidden]` -> `Route`. Stays in float32 whatever the model is cast to, so that trainer and server choose alike.
 
     Args:
         config: number of experts, top_k, gate, noise.
@@ -29,8 +33,23 @@ class Router(nn.Module):
             torch.randn(config.num_experts, hidden_size, dtype=torch.float32) * hidden_size**-0.5
         )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move with the model, but do not follow it to 16 bits."""
+        kept = self.weight.data
+        super()._apply(fn, recurse)
+        if self.weight.dtype in (torch.bfloat16, torch.float16):
+            self.weight.data = kept.to(self.weight.device)
+        return self
+
     def forward(self, states: Tensor) -> Route:
-        """Return the route of each row of `[..., hidden]`."""
+        """Return the route of each row of `[..., hidden]`: embeddings as they are looked up, or normed states."""
+        return self._choose(rms_normed(states) if self.config.router_input == "embedding" else states)
+
+    def pooled(self, embedded: Tensor, mask: Tensor) -> Route:
+        """Return one route a row `[B, 1]` from embeddings `[B, T, hidden]` and the prompt's mask `[B, T]`."""
+        return self._choose(pooled(rms_normed(embedded), mask).unsqueeze(1))
+
+    def _choose(self, states: Tensor) -> Route:
         config = self.config
         with torch.autocast(states.device.type, enabled=False):
             logits = F.linear(states.float(), self.weight.float())
@@ -38,16 +57,12 @@ class Router(nn.Module):
             logits = logits + torch.randn_like(logits) * config.router_noise
         return choose(logits, config.top_k, config.gate)
 
-    def pooled(self, states: Tensor, mask: Tensor) -> Route:
-        """Return one route a row `[B, 1]` from states `[B, T, hidden]` and the prompt's mask `[B, T]`."""
-        return self(pooled(states, mask).unsqueeze(1))
-
 
 def router_site(layers: nn.ModuleList, config: SwitchConfig) -> tuple[nn.Module, bool]:
     """Return the module the router watches, and whether it reads what enters it instead of what it gives.
 
     Raises:
-        ConfigError, ModelError: no such layer, or one without the part that is watched.
+        ModelError: no such layer, or one without the part that is watched.
     """
     number = config.router_layer
     if number >= len(layers):
@@ -59,4 +74,4 @@ def router_site(layers: nn.ModuleList, config: SwitchConfig) -> tuple[nn.Module,
             f"the decoder layers of this model ({type(layers[number]).__name__}) have no {wanted}, which the router "
             f"reads for router_input '{config.router_input}': choose another"
         )
-    return found, wanted == "mlp"
+    return found, config.router_input != "layer_k"

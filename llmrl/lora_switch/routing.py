@@ -69,6 +69,12 @@ def balance_loss(route: Route, mask: Tensor | None = None) -> Tensor:
     return experts * (share.detach() * probs.sum(0) / total).sum()
 
 
+def rms_normed(states: Tensor) -> Tensor:
+    """Return `[..., H]` in float32 with a mean square of 1 a row; rows of zeros stay."""
+    states = states.float()
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-12)
+
+
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
     """Return the mean `[B, H]` in float32 of the states `[B, T, H]` where the mask `[B, T]` holds; zeros for an empty row."""
     kept = mask.to(torch.float32).unsqueeze(-1)

@@ -25,6 +25,7 @@ def disk_weights(model: Any) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     model = unwrap(model)
+    _refuse_shards(model)
     if hasattr(model, "switch_config"):  # the folder that is served names its base, which is frozen
         return {n: p.detach() for n, p in model.named_parameters() if ".switch_" in n or n.startswith("switch_router.")}
     merged: dict[str, Tensor] = {}
@@ -41,11 +42,6 @@ def disk_weights(model: Any) -> dict[str, Tensor]:
         plain = name.replace(".base_layer.", ".")
         if ".lora_" in name:
             continue
-        if hasattr(parameter, "full_tensor"):
-            raise ModelError(
-                f"{name} is spread over processes (FSDP or ZeRO-3): gather the state dict and give it to engine.update(); "
-                "WeightSync and GRPO on the engine train with DDP or in one process"
-            )
         tensors[plain] = merged.get(plain, parameter.detach())
     lost = sorted(merged.keys() - tensors.keys())
     if lost:
@@ -63,6 +59,16 @@ def unwrap(model: Any) -> Any:
         if inner is None:
             return model
         model = inner
+
+
+def _refuse_shards(model: Any) -> None:
+    """Refuse a model that this process has parts of, before any of them is copied or merged."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if hasattr(tensor, "full_tensor"):
+            raise ModelError(
+                f"{name} is spread over processes (FSDP or ZeRO-3): gather the state dict and give it to engine.update(); "
+                "WeightSync and GRPO on the engine train with DDP or in one process"
+            )
 
 
 def _persistent_buffers(model: Any) -> list[tuple[str, Tensor]]:

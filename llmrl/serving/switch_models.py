@@ -28,10 +28,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from llmrl.errors import ModelError
 from llmrl.lora_switch.config import is_routed, layer_number
 from llmrl.lora_switch.folder import ARCHITECTURE_PREFIX, CONFIG_KEY, WEIGHTS_FILE, SwitchFolder, check_served
-from llmrl.lora_switch.pack import PACKED, pack
+from llmrl.lora_switch.pack import PACKED, pack, slice_rows
 from llmrl.lora_switch.router import Router, router_site
 from llmrl.lora_switch.routing import dense_gates
-from llmrl_kernels.routed_lora import routed_expand, routed_shrink
+from llmrl_kernels.routed_lora import routed_lora
 
 OWN = "llmrl_switch"
 _ENDINGS = (".switch_A", ".switch_B")
@@ -40,10 +40,10 @@ _MOST_PACKED = 3  # q, k and v
 
 
 class SwitchExperts(nn.Module):
-    """The experts of one of vLLM's linear layers, its parts packed: A `[n E, r, in]` and B `[out, n E r]` of this rank."""
+    """The experts of one of vLLM's linear layers, its parts packed: A `[n E, r, in]` and B `[out, E r]` of this rank."""
 
     def __init__(
-        self, layer: LinearBase, parts: list[str], adapted: int, described: SwitchFolder, dtype: torch.dtype
+        self, layer: LinearBase, parts: list[str], adapted: list[bool], described: SwitchFolder, dtype: torch.dtype
     ) -> None:
         super().__init__()
         config = described.switch
@@ -51,10 +51,15 @@ class SwitchExperts(nn.Module):
         dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         self.input_slice = input_slice(layer)
         self.loaded: set[str] = set()  # names on disk
-        experts = adapted * config.num_experts
-        rows, width = sum(count for slices in self.slices for _, count in slices), self.input_slice[1]
-        self.A = nn.Parameter(torch.zeros(experts, config.r, width, dtype=dtype), requires_grad=False)
-        self.B = nn.Parameter(torch.zeros(rows, experts * config.r, dtype=dtype), requires_grad=False)
+        width = self.input_slice[1]
+        self.outs = [sum(count for _, count in slices) for slices in self.slices]
+        self.rows = slice_rows(self.outs, adapted)  # of B a part: each meets the products of its own experts
+        down, up = (
+            (len(self.rows) * config.num_experts, config.r, width),
+            (sum(self.outs), config.num_experts * config.r),
+        )
+        self.A = nn.Parameter(torch.zeros(down, dtype=dtype), requires_grad=False)
+        self.B = nn.Parameter(torch.zeros(up, dtype=dtype), requires_grad=False)
 
     def packed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's A and B from the tensors of a folder."""
@@ -67,16 +72,16 @@ class SwitchExperts(nn.Module):
                 continue
             rows = torch.cat([b[row : row + count] for row, count in slices])
             own.append((a[:, :, start : start + size], rows))
-        a, b = pack(own, [sum(count for _, count in slices) for slices in self.slices])
+        a, b, self.rows = pack(own, self.outs)
         return {"A": a, "B": b}
 
     def forward(self, x: Tensor, gates: Tensor, out: Tensor) -> Tensor:
         """Return `out` plus the experts' sum."""
         rows, result = x.reshape(-1, x.shape[-1]).to(self.A.dtype), out.reshape(-1, out.shape[-1])
-        gated, _ = routed_shrink(rows, self.A, gates[: len(rows), : len(self.A)])
-        if result.dtype == gated.dtype:
-            return routed_expand(gated, self.B, scale=self.scale, base=result).view_as(out)
-        return out + routed_expand(gated, self.B, scale=self.scale).view_as(out).to(out.dtype)
+        parts = (rows, self.A, self.B, gates[: len(rows), : len(self.A)], self.scale)
+        if result.dtype == rows.dtype:
+            return routed_lora(*parts, base=result, slices=self.rows).view_as(out)
+        return out + routed_lora(*parts, slices=self.rows).view_as(out).to(out.dtype)
 
 
 def output_slices(layer: LinearBase, parts: int) -> list[list[tuple[int, int]]]:
@@ -207,7 +212,7 @@ def _attach(model: nn.Module, vllm_config: VllmConfig, described: SwitchFolder) 
             adapted = [part + _ENDINGS[0] in stored for part in parts]
         if not any(adapted):
             continue
-        experts = SwitchExperts(layer, parts, sum(adapted), described, model_config.dtype).to(device)
+        experts = SwitchExperts(layer, parts, adapted, described, model_config.dtype).to(device)
         own[name.replace(".", "-")] = experts
         layer.quant_method = SwitchMethod(layer.quant_method, experts, gates)
     router = Router(config, model_config.hf_text_config.hidden_size).requires_grad_(False).to(device).eval()

@@ -1,4 +1,4 @@
-"""The bench of the sweep as a module: its meter of memory is the tests' too."""
+"""The benches as modules: the meter of memory of the sweep's is the tests' too."""
 
 import importlib.util
 import sys
@@ -18,3 +18,15 @@ def bench():
         patch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
         spec.loader.exec_module(module)
         yield module
+
+
+@pytest.fixture(scope="module")
+def decode():
+    """kernels/bench/decode.py with the modules beside it, which are in no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH.parent))
+        import decode
+
+        yield decode
+    for name in ("scaled_lse_sweep", *(file.stem for file in BENCH.parent.glob("decode*.py"))):
+        sys.modules.pop(name, None)

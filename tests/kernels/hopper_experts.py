@@ -17,7 +17,9 @@ FLOATS = ("x", "w", "a", "b", "u", "h", "y", "base", "bias", "out")
 OTHERS = {"gates": "*fp32", "weights": "*fp32", "ids": "*i32", "order": "*i32", "table": "*i32", "sums": "*fp32"}
 OTHERS |= {"scale": "fp32", "pointers": "*i64", "shapes": "*i32", "marks": "*i32", "counters": "*i32"}
 # sizes of a launch that are no multiple of 16
-SMALL = ("T", "E", "slot", "items", "tiles", "experts")
+SMALL = ("T", "E", "slot", "items", "tiles", "experts", "steps")
+DOWN = {"x_column": 1, "gate_column": 1, "STORE_H": True, "SPLIT": False, "EVEN_K": True}
+UP = {"u_column": 1, "b_column": 1, "base_column": 1, "SLICES": (4096,), "PARTS": 1, "HAS_BASE": True, "EVEN_R": True}
 
 
 def build(kernel, element, sizes, constants, types=None):
@@ -51,11 +53,15 @@ def build(kernel, element, sizes, constants, types=None):
 def routed():
     for element in ELEMENTS:
         for few in (0, 1) if element == "*bf16" else (0,):  # float32 takes the compiler ten times as long
-            down = {"x_column": 1, "gate_column": 1, "STORE_H": True, "EVEN_K": True}
-            up = {"u_column": 1, "b_column": 1, "base_column": 1, "HAS_BASE": True, "EVEN_R": True}
-            yield build(routed_lora_triton._shrink_kernel, element, DEFAULTS["routed_shrink"][few][1], down)
-            yield build(routed_lora_triton._expand_kernel, element, DEFAULTS["routed_expand"][few][1], up)
-
+            yield build(routed_lora_triton._shrink_kernel, element, DEFAULTS["routed_shrink"][few][1], DOWN)
+            yield build(routed_lora_triton._expand_kernel, element, DEFAULTS["routed_expand"][few][1], UP)
+    for few, parts in ((0, 16), (1, 4)):  # the most that the rule makes of 16 tokens and of 64
+        split, packed = DOWN | {"SPLIT": True, "STORE_H": False}, UP | {"PARTS": parts, "SLICES": (4096, 1024, 1024)}
+        summed = {"u": "*fp32"}
+        yield build(routed_lora_triton._shrink_kernel, "*bf16", DEFAULTS["routed_shrink"][few][1], split, summed)
+        yield build(routed_lora_triton._expand_kernel, "*bf16", DEFAULTS["routed_expand"][few][1], packed, summed)
+    launch, block = {"num_warps": 4, "num_stages": 1}, routed_lora_triton.REDUCE_BLOCK
+    yield build(routed_lora_triton._reduce_kernel, "*bf16", launch, {"PARTS": 16, "BLOCK": block}, {"parts": "*fp32"})
     yield from gathered("*bf16")
 
 
@@ -72,10 +78,17 @@ def gathered(element):
 
 
 def merge():
-    for element, dtype in ELEMENTS.items():
-        constants = {"BASE": dtype, "OUT": dtype, "LORA": dtype, "ALIGNED": True, "RANK_MULTIPLE": 16, "BLOCK_R": 16}
-        constants |= {"TOP_K": 2, "STEPS": 8}
-        yield build(merge_all_triton._merge_kernel, element, DEFAULTS["merge_all"][0][1], constants)
+    """Both dtypes; a weight update as the engine makes it (float32 experts into bfloat16); and the baseline in place."""
+    half, single = ELEMENTS.values()
+    for dtype, lora, options in (
+        (half, half, {"BLOCK_R": 16}),
+        (single, single, {"BLOCK_R": 16}),
+        (half, single, {"BLOCK_R": 32, "TOP_K": 1}),
+        (half, half, {"BLOCK_R": 16, "IN_PLACE": True}),
+    ):
+        constants = {"BASE": dtype, "OUT": dtype, "LORA": lora, "ALIGNED": True, "RANK_MULTIPLE": 16, "STEPS": 8}
+        constants |= {"TOP_K": 2, "IN_PLACE": False} | options
+        yield build(merge_all_triton._merge_kernel, f"*{lora}", DEFAULTS["merge_all"][0][1], constants)
 
 
 def switch():

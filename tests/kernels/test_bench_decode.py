@@ -4,36 +4,23 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from decode_support import BENCH, TOY, few_rows
 
 from llmrl.errors import run_command
 
-BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench"
-PARTS = ("bytes", "models", "measure", "rows", "table")
-TOY = ["--device", "cpu", "--toy", "--rounds", "3", "--context", "8", "--experts", "4", "--r", "4"]
 ROWS = [
     "base, eager", "base, compiled", "base, CUDA graph", "merged single LoRA", "peft LoRA of rank k r",
-    "layer-wise mixture, eager", "layer-wise mixture, CUDA graph", "in place: subtract and add", "K1 merge alone",
-    "K1 every token", "K1 on change, 1 %", "K1 on change, 10 %", "K1 on change, 50 %", "K3 dense-masked", "K3 gathered",
-    "K2, two launches", "K2, one launch",
+    "layer-wise mixture, eager", "layer-wise mixture, CUDA graph", "in place, one pass: baseline", "K1 merge alone",
+    "K1 weight update, float32 A B", "K1 every token", "K1 on change, 1 %", "K1 on change, 10 %", "K1 on change, 50 %",
+    "K3 dense-masked", "K3 gathered",
+    "K2, two launches", "K2, one launch", "linear layers alone", "K2 base part, two launches", "K2 base part, one launch",
 ]  # fmt: skip
 NOT_ON_A_CPU = {"base, compiled", "base, CUDA graph", "layer-wise mixture, CUDA graph", "K2, one launch"}
+NOT_ON_A_CPU |= {"K2 base part, two launches", "K2 base part, one launch"}
 GB = 1e9
-
-
-@pytest.fixture(scope="module")
-def decode():
-    """kernels/bench/decode.py with the modules beside it, which are in no package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        import decode
-
-        yield decode
-    for name in ("decode", "scaled_lse_sweep", *(f"decode_{part}" for part in PARTS)):
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +34,13 @@ def toy(decode, tmp_path_factory):
     return code, lines, json.loads(file.read_text(encoding="utf-8"))
 
 
-def few_rows(decode, monkeypatch, *names):
-    """Leave only these rows."""
-    rows = [row for row in decode.all_rows() if row.name in names]
-    monkeypatch.setattr(decode, "all_rows", lambda: rows)
-
-
 def one_token(decode, kind, modules="all", **sizes):
     """Bytes of a step of Llama-2-7B at batch 1 without a cache, over the base's."""
     from decode_bytes import SHAPES, Mixture, step_bytes
 
     mixture = Mixture(**{"experts": 8, "r": 16, "top_k": 2, "rows": 1, "cached": 0, "modules": modules} | sizes)
-    return step_bytes(kind, SHAPES["7b"], mixture) - (kind != "merge") * step_bytes("base", SHAPES["7b"], mixture)
+    alone = kind in ("merge", "sync", "linears")
+    return step_bytes(kind, SHAPES["7b"], mixture) - (not alone) * step_bytes("base", SHAPES["7b"], mixture)
 
 
 # ---- bytes: figures worked out by hand from 4096 x 4096 and 4096 x 11008, 32 layers, 16 bits ----
@@ -84,6 +66,15 @@ def test_step_bytes_merge_reads_and_writes_what_is_adapted(decode, modules, giga
     assert one_token(decode, "merge", modules) == rewrite_bytes(SHAPES["7b"], modules) + experts
     assert one_token(decode, "merged", modules) == one_token(decode, "merge", modules)
     assert one_token(decode, "in_place", modules) == one_token(decode, "merge", modules) + experts
+
+
+def test_step_bytes_of_a_weight_update_have_one_expert_in_float32(decode):
+    from decode_bytes import SHAPES, rewrite_bytes
+
+    whole = rewrite_bytes(SHAPES["7b"], "all")
+    assert one_token(decode, "sync") - whole == one_token(decode, "merge") - whole  # one of 4 bytes, two of 2
+    assert one_token(decode, "sync", top_k=4) == one_token(decode, "sync")
+    assert one_token(decode, "linears") == whole / 2
 
 
 @pytest.mark.parametrize(("r", "megabytes"), [(8, 80), (16, 160), (32, 320), (64, 640)])
@@ -159,8 +150,10 @@ def test_main_prints_every_row_of_the_toy(toy):
     assert "a toy, not a claim about GPUs" in text
     assert "+29 %" in text
     assert "+196 % with all linear layers, +65 % with attention, +33 % with q and v" in " ".join(lines)
-    assert text.count("unmeasured") == 4
+    assert text.count("unmeasured") == 8
     assert not any(line.endswith(("met", "missed")) for line in lines)
+    assert "default by the rule of 95 %: unmeasured" in lines
+    assert "merge_snr" in text
 
 
 def test_main_times_rows_that_agree_with_float32(toy, decode):
@@ -190,6 +183,25 @@ def test_main_counts_what_a_row_adds(toy):
     weights = 4 * 2 * (4 * 64 * 64 + 3 * 64 * 128)  # float32, two layers
     assert rows["K1 every token"]["bytes_held"] - base["bytes_held"] > weights
     assert rows["K1 on change, 50 %"]["gb"] < rows["K1 every token"]["gb"]
+
+
+def test_merge_snr_of_the_toy_is_that_of_its_first_layer(toy, decode):
+    from decode_models import build_base, build_experts
+
+    from llmrl_kernels import merge_snr
+
+    found = toy[2]["results"][0]["merge_snr"]
+    assert list(found) == ["0.3", "0.01", "0.001"]
+    assert found["0.3"] > found["0.01"] > found["0.001"] > 1e3  # float32 has room below all of them
+    config = decode.BenchConfig(toy=True, experts=4, r=4)
+    base = build_base(decode.SHAPES["toy"], "cpu", torch.float32, 8)
+    A, B = build_experts(base, config.switch_config()).layers["model.layers.0.self_attn.q_proj"]
+    delta = config.switch_config().scale * 0.5 * (B[:, :8] @ A[:2].flatten(0, 1))
+    assert found["0.3"] == pytest.approx(merge_snr(base.model.layers[0].self_attn.q_proj.weight, delta), rel=0.05)
+
+
+def test_main_measures_the_drift_of_the_weights_in_place(toy):
+    assert 1e-8 < toy[2]["results"][0]["in_place_drift"] < 1e-4
 
 
 def test_main_names_device_toy_and_environment(toy):
@@ -304,35 +316,6 @@ def test_open_report_goes_on_with_a_sweep(decode, tmp_path):
     file.write_text(json.dumps(report | {"device": "another"}), encoding="utf-8")
     with pytest.raises(decode.UsageError, match="another machine"):
         decode.open_report(config, "cpu")
-
-
-def gate_lines(decode, rows, *, batch=1, r=16, unmeasured=False, to="base, CUDA graph"):
-    """What the targets say of these rows."""
-    import decode_table
-
-    named = [{"name": name, **values} for name, values in rows.items()]
-    result = {"configuration": {"batch": batch, "r": r}, "rows": named, "ratio_to": to}
-    return [line.rpartition(": ")[2] for line in decode_table.gates(result, unmeasured=unmeasured)]
-
-
-def test_gates_are_met_or_missed_where_they_were_measured(decode):
-    good = {
-        "K3 dense-masked": {"ratio": 1.2},
-        "K1 merge alone": {"share_of_copy": 0.85},
-        "K2, one launch": {"ratio": 1.06},
-    }
-    bad = {
-        "K3 dense-masked": {"ratio": 1.21},
-        "K1 merge alone": {"share_of_copy": 0.84},
-        "K2, one launch": {"ratio": 1.07},
-    }
-    assert gate_lines(decode, good) == ["met (+20.0 %)", "unmeasured", "met (85.0 %)", "met (+6.0 %)"]
-    assert gate_lines(decode, bad) == ["missed (+21.0 %)", "unmeasured", "missed (84.0 %)", "missed (+7.0 %)"]
-    assert gate_lines(decode, bad, batch=64)[:2] == ["unmeasured", "missed (+21.0 %)"]
-    assert gate_lines(decode, good, r=8)[3] == "unmeasured"
-    assert gate_lines(decode, good, unmeasured=True) == ["unmeasured"] * 4
-    assert gate_lines(decode, good, to="base, eager")[0] == "unmeasured"  # a ratio to another base is no answer
-    assert gate_lines(decode, {}) == ["unmeasured"] * 4
 
 
 def test_decode_runs_without_what_is_optional():

@@ -10,6 +10,7 @@ from expert_inputs import DTYPES, assert_rounded_alike, bits
 from merge_inputs import merge_items, routes
 
 from llmrl_kernels import MergeItem, MergePlan, merge_all, merge_all_reference, merge_snr, subtract_and_add
+from llmrl_kernels.merge_all import InPlacePlan
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,6 +83,38 @@ def test_subtract_and_add_is_a_merge_at_first():
         torch.testing.assert_close(other.out, item.out, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"ids: expected 0 to 4, one of 5 experts, got 5"):
         subtract_and_add(items, None, ([5], [1.0]), scale=1.0)
+
+
+def test_subtract_and_add_does_not_read_an_expert_that_weighs_nothing():
+    items = [replace(item, out=item.base.clone()) for item in merge_items(3)]
+    for item in items:
+        item.A[1] = math.nan
+    subtract_and_add(items, ([1], [0.0]), ([0, 1], [0.5, 0.0]), scale=0.3)
+    for item, expected in zip(items, merge_all_reference(items, [0], [0.5], 0.3), strict=True):
+        torch.testing.assert_close(item.out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_in_place_plan_takes_the_last_route_out_and_puts_the_next_in():
+    items = [replace(item, out=item.base) for item in merge_items(3, exact=True)]
+    clean = [replace(item, base=item.base.clone()) for item in items]
+    plan = InPlacePlan(items, top_k=2, scale=0.5)
+    assert plan.held() is None
+    for ids, weights in (([0, 2], [1.0, 0.5]), ([2, 1], [0.5, 0.0]), ([1, 1], [0.5, 0.5]), ([1, 1], [0.5, 0.5])):
+        plan.merge(ids, weights)
+        assert plan.held() == (ids, weights)
+        for item, expected in zip(items, merge_all_reference(clean, ids, weights, 0.5), strict=True):
+            assert item.out.equal(expected)
+    plan.invalidate()
+    assert plan.held() is None
+
+
+def test_in_place_plan_refuses_a_base_beside_out():
+    items = merge_items(3)
+    with pytest.raises(ValueError, match=re.escape("items[0].out: expected base itself, to be updated in place")):
+        InPlacePlan(items, top_k=1, scale=1.0)
+    shared = [MergeItem(item.base, item.base, item.A, item.B) for item in items]
+    with pytest.raises(ValueError, match=re.escape("items[0].out and items[2].out: expected an out with memory")):
+        InPlacePlan([shared[0], shared[1], shared[0]], top_k=1, scale=1.0)
 
 
 def test_the_same_route_writes_nothing_until_invalidate():

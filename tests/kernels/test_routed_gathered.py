@@ -128,3 +128,27 @@ def test_gradients_of_the_gathered_mixture_are_those_of_the_dense_one(base):
     ):
         torch.testing.assert_close(one, other)
     assert torch.autograd.gradcheck(gathered, inputs)
+
+
+def test_gradients_where_an_expert_is_chosen_twice():
+    torch.manual_seed(0)
+    shapes = [(3, 4), (3, 2, 4), (5, 6), (3, 3)]
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    ids = torch.tensor([[1, 1, 1], [0, 2, 0], [2, 1, 0]], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda x, a, b, weights: routed_lora_gathered(x, a, b, ids, weights, 0.7), inputs)
+
+
+def test_gathered_under_autocast():
+    one = layer_of((12, 8, 6, 3, 4, 2))
+    A, B = one.A.clone().requires_grad_(), one.B.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        base = torch.nn.functional.linear(one.x, one.W)  # in bfloat16, as what a layer adds to
+        y = routed_lora_gathered(one.x, A, B, one.ids, one.weights.bfloat16(), 0.5, base=base)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert A.grad.dtype == B.grad.dtype == torch.float32
+    short, weights = one.moved(torch.Tensor.bfloat16), one.weights.bfloat16().float()
+    assert y.equal(routed_lora_gathered(short.x, short.A, short.B, one.ids, weights, 0.5, base=base))
+    long = one.moved(torch.Tensor.double)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert routed_lora_gathered(long.x, long.A, long.B, one.ids, one.weights, 0.5).dtype == torch.float64

@@ -72,6 +72,27 @@ def test_expert_that_is_not_chosen_may_hold_anything(bad):
     assert routed_lora_reference(one.x, one.A, one.B, gates, 1.0)[:3].isfinite().all()
 
 
+def test_layers_packed_as_one_are_the_layers():
+    one = layer_of((5, 7, 9, 4, 3, 2)).moved(torch.Tensor.double)
+    A, gates = torch.cat([one.A, 2 * one.A, one.A + 1]), one.gates.repeat(1, 3)
+    packed = routed_lora(one.x, A, one.B, gates, 0.5, base=one.base, slices=(4, 2, 3))
+    alone = [routed_lora(one.x, a, b, one.gates, 0.5) for a, b in zip(A.split(4), one.B.split((4, 2, 3)), strict=True)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1) + one.base)
+    u, _ = routed_shrink(one.x, A, gates, partial=True)
+    assert packed.equal(routed_expand(u, one.B, scale=0.5, base=one.base, slices=(4, 2, 3)))
+
+
+def test_expand_adds_the_parts_of_a_split_shrink():
+    one = layer_of((5, 7, 9, 4, 3, 2), torch.bfloat16)
+    u = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(2))
+    y = routed_expand(u, one.B, scale=0.5, base=one.base)
+    assert y.equal(routed_expand(u.sum(0).bfloat16(), one.B, scale=0.5, base=one.base))
+    with pytest.raises(TypeError, match=r"u: expected parts \[S, T, E\*r\] in float32, got torch.bfloat16"):
+        routed_expand(u.bfloat16(), one.B, scale=0.5)
+    with pytest.raises(TypeError, match=r"base: expected .*, the dtype of B"):
+        routed_expand(u, one.B, scale=0.5, base=one.base.float())
+
+
 def double_inputs():
     one = layer_of((3, 5, 4, 3, 2, 2)).moved(torch.Tensor.double)
     return [part.requires_grad_() for part in (one.x, one.A, one.B, one.gates.double(), one.base)]
@@ -209,6 +230,18 @@ ONE = layer_of((4, 8, 6, 3, 2, 1))
         ({"x": ONE.x.int()}, TypeError, "x: expected float32, bfloat16, float16 or float64, got torch.int32"),
         ({"A": ONE.A.to("meta")}, ValueError, "A: expected a tensor on cpu, the device of x, got meta"),
         ({"gates": ONE.gates.to("meta")}, ValueError, "gates: expected a tensor on cpu, the device of x, got meta"),
+        ({"slices": (3, 3)}, ValueError, "B: expected [out, E*r] with 2*E*r = 6, got [6, 6]"),
+        (
+            {"B": ONE.B[:, :3], "slices": (3, 2)},
+            ValueError,
+            "slices: expected positive rows of B that add up to 6, got",
+        ),
+        (
+            {"B": ONE.B[:, :3], "slices": (6, 0)},
+            ValueError,
+            "slices: expected positive rows of B that add up to 6, got",
+        ),
+        ({"A": ONE.A.clone().requires_grad_(), "slices": (6,)}, ValueError, "slices: expected tensors that ask for no"),
         ({"backend": "cuda"}, ValueError, "backend: expected 'auto', 'torch' or 'triton', got 'cuda'"),
     ],
 )

@@ -20,11 +20,11 @@ def test_routed_lora_triton_matches_reference(where):
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA comes with its Linux wheels")
 def test_routed_lora_triton_compiles_for_hopper():
     results = compile_for_hopper("routed")
-    assert len(results) == 11
+    assert len(results) == 16
     for one in results:
         assert one["machine"] > 0
         assert one["shared"] <= 227 * 1024  # what a block has on Hopper
-        products = "_few_" not in one["kernel"]  # those are sums
+        products = "_few_" not in one["kernel"] and one["kernel"] != "_reduce_kernel"  # those are sums
         assert (one["tensor_cores"] > 0) == (products and one["element"] == "*bf16"), one
         if products:
             assert one["narrow"] == 0, one

@@ -8,7 +8,8 @@ import torch
 from expert_inputs import DTYPES, assert_rounded_alike, bits
 from merge_inputs import LAYERS, merge_items, routes
 
-from llmrl_kernels import MergeItem, MergePlan, merge_all_reference, tuning
+from llmrl_kernels import MergeItem, MergePlan, merge_all_reference, merge_all_triton, tuning
+from llmrl_kernels.merge_all import InPlacePlan
 from llmrl_kernels.triton_parts import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -34,6 +35,14 @@ def test_matches_reference(experts, k, dtype):
         plan.merge(*on_device(ids, weights))
         for item, expected in zip(items, merge_all_reference(items, ids, weights, 0.3), strict=True):
             assert_rounded_alike(item.out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ranks_beyond_a_block(dtype):
+    items, plan = items_and_plan(2, 1, dtype, layers=((20, 30, 70), (9, 40, 33)))
+    plan.merge([1], [0.5])
+    for item, expected in zip(items, merge_all_reference(items, [1], [0.5], 0.3), strict=True):
+        assert_rounded_alike(item.out, expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 9])
@@ -79,6 +88,57 @@ def test_out_in_another_dtype():
     ]
     MergePlan(items, top_k=1, scale=0.3, backend="triton").merge([2], [0.5])
     assert_rounded_alike(items[0].out, merge_all_reference(items, [2], [0.5], 0.3)[0])
+
+
+def test_float32_experts_into_a_bfloat16_base():
+    """As a weight update has them: one rounding, of the sum."""
+    items = [
+        MergeItem(item.base.bfloat16(), item.out.bfloat16(), item.A, item.B)
+        for item in merge_items(1, layers=LAYERS[:2], device=DEVICE)
+    ]
+    MergePlan(items, top_k=1, scale=1.0, backend="triton").merge([0], [1.0])
+    for item, expected in zip(items, merge_all_reference(items, [0], [1.0], 1.0), strict=True):
+        assert_rounded_alike(item.out, expected)
+
+
+def test_tiles_are_kept_by_rank_route_and_both_dtypes(monkeypatch):
+    keys, sizes = [], merge_all_triton.block_sizes
+    found = lambda op, *key, **rest: keys.append(tuning.entry_key(op, *key)) or sizes(op, *key, **rest)  # noqa: E731
+    monkeypatch.setattr(merge_all_triton, "block_sizes", found)
+    item = merge_items(3, layers=((4, 6, 16),), device=DEVICE)[0]
+    half = replace(item, base=item.base.bfloat16(), out=item.out.bfloat16())
+    MergePlan([half], top_k=2, scale=1.0, backend="triton")
+    MergePlan([replace(half, A=item.A.bfloat16(), B=item.B.bfloat16())], top_k=1, scale=1.0, backend="triton")
+    assert keys == ["merge_all/16/2/float32/bfloat16", "merge_all/16/1/bfloat16/bfloat16"]
+
+
+def in_place_plan(experts, k, dtype=torch.float32, **options):
+    items = [replace(one, out=one.base) for one in merge_items(experts, dtype, device=DEVICE, **options)]
+    return items, [one.base.clone() for one in items], InPlacePlan(items, top_k=k, scale=0.5, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_takes_the_last_route_out_and_puts_the_next_in(dtype):
+    """Sums that any dtype holds leave no drift: after any routes W is what a merge from the clean base writes."""
+    items, clean, plan = in_place_plan(3, 2, dtype, exact=True, layers=((40, 65, 4), (33, 24, 3)))
+    assert plan.held() is None
+    for ids, weights in (([0, 2], [1.0, 0.5]), ([2, 1], [0.5, 0.0]), ([1, 1], [0.5, 0.5]), ([1, 1], [0.5, 0.5])):
+        plan.merge(ids, weights)
+        assert plan.held() == (ids, weights)
+        from_clean = [replace(item, base=base) for item, base in zip(items, clean, strict=True)]
+        for item, expected in zip(items, merge_all_reference(from_clean, ids, weights, 0.5), strict=True):
+            assert item.out.equal(expected)
+
+
+def test_in_place_drifts_as_a_baseline_should():
+    items, clean, plan = in_place_plan(4, 2, torch.bfloat16, layers=((20, 30, 4),))
+    for ids, weights in routes(10, 4, 2):
+        plan.merge(*on_device(ids, weights))
+    plan.merge([0, 1], [0.0, 0.0])
+    assert not items[0].out.equal(clean[0])
+    torch.testing.assert_close(items[0].out, clean[0], rtol=0.1, atol=0.1)
+    plan.invalidate()
+    assert plan.held() is None
 
 
 def test_nan_of_any_kind_stays_nan_and_infinity_infinite():

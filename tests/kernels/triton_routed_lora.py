@@ -7,6 +7,7 @@ import torch
 from expert_inputs import DTYPES, SHAPES, assert_rounded_alike, layer_of, strided
 
 from llmrl_kernels import (
+    block_sizes,
     routed_expand,
     routed_expand_gathered,
     routed_expand_gathered_reference,
@@ -19,7 +20,9 @@ from llmrl_kernels import (
     routed_shrink_reference,
 )
 from llmrl_kernels.routed_gathered_triton import expand_gathered, shrink_gathered
+from llmrl_kernels.routed_lora_triton import shrink
 from llmrl_kernels.triton_parts import INTERPRETED
+from llmrl_kernels.tuning import force_sizes
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CASES = [(shape, torch.float32) for shape in SHAPES] + [(SHAPES[1], torch.bfloat16), (SHAPES[3], torch.float16)]
@@ -151,3 +154,89 @@ def test_is_chosen_on_a_gpu_and_not_on_a_cpu():
     u, _ = routed_shrink(one.x, one.A, one.gates)
     named, _ = routed_shrink(one.x, one.A, one.gates, backend="torch" if INTERPRETED else "triton")
     assert u.equal(named)
+
+
+def split_into(parts, tokens=1):
+    """Have the shrink split its sums, whatever the rule says."""
+    sizes = block_sizes("routed_shrink", tokens=tokens, device=torch.device(DEVICE))
+    return force_sizes("routed_shrink", sizes | {"BLOCK_K": 64, "SPLIT": parts})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("width", "wanted", "parts"),
+    [(333, 2, 2), (333, 5, 3), (333, 16, 6), (320, 4, 3), (40, 8, 1)],  # of 6, 6, 6, 5 and 1 blocks of 64 inputs
+)
+def test_split_sums_match_reference(width, wanted, parts, dtype):
+    one = layer((3, width, 24, 3, 20, 2), dtype)
+    expected_u, expected_h = routed_shrink_reference(one.x, one.A, one.gates)
+    with split_into(wanted):
+        split, none = routed_shrink(strided(one.x), one.A, strided(one.gates), partial=True, backend="triton")
+        u, h = routed_shrink(one.x, one.A, one.gates, backend="triton")
+        assert none is None
+        assert split.shape == ((parts, 3, 60) if parts > 1 else (3, 60))
+        assert split.dtype == (torch.float32 if parts > 1 else dtype)
+        assert_rounded_alike(u, expected_u)
+        assert_rounded_alike(h, expected_h)
+        fused = routed_lora(one.x, one.A, one.B, one.gates, 0.7, base=one.base, backend="triton")
+    assert_rounded_alike(fused, routed_expand_reference(u, one.B, scale=0.7, base=one.base))
+    for form in (split, u):  # the parts are added in one order wherever that happens
+        y = routed_expand(form, one.B, scale=0.7, base=one.base, backend="triton")
+        assert y.equal(fused)
+    if parts > 1:
+        slow = routed_expand(split, one.B, scale=0.7, base=one.base, backend="torch")
+        assert_rounded_alike(slow, fused)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_bits_repeat_and_do_not_depend_on_the_batch(parts):
+    one = layer((16, 333, 24, 3, 8, 2), torch.bfloat16)
+    options = {"scale": 0.7, "backend": "triton"}
+    with split_into(parts):
+        whole = routed_lora(one.x, one.A, one.B, one.gates, base=one.base, **options)
+        assert whole.equal(routed_lora(one.x, one.A, one.B, one.gates, base=one.base, **options))
+        for first, last in ((0, 1), (3, 5), (9, 16)):
+            some = slice(first, last)
+            y = routed_lora(one.x[some], one.A, one.B, one.gates[some], base=one.base[some], **options)
+            assert y.equal(whole[some])
+
+
+def test_split_sums_in_training_are_those_of_inference():
+    one = layer((3, 333, 24, 3, 8, 2), torch.bfloat16)
+    A = one.A.clone().requires_grad_()
+    with split_into(4):
+        y = routed_lora(one.x, A, one.B, one.gates.requires_grad_(), 0.7, backend="triton")
+        with torch.no_grad():
+            assert y.equal(routed_lora(one.x, A, one.B, one.gates, 0.7, backend="triton"))
+
+
+def test_split_sums_leave_out_experts_that_are_not_chosen():
+    one = layer((2, 333, 24, 3, 4, 1))
+    gates = torch.eye(3, device=DEVICE)[:2]
+    one.A[1] = math.nan
+    with split_into(3):
+        y = routed_lora(one.x, one.A, one.B, gates, 1.0, backend="triton")
+        assert shrink(one.x, one.A, gates, keep_h=False, partial=True)[0].shape == (3, 2, 12)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("slices", [(100, 20, 9), (64, 1, 64), (65, 64), (1, 128), (129,), ()], ids=str)
+def test_layers_packed_as_one_read_their_own_columns(slices, parts):
+    one, count = layer((5, 150, 129, 3, 20, 2)), len(slices) or 1
+    A = torch.cat([one.A * (i + 1) for i in range(count)])
+    gates = one.gates.repeat(1, count)
+    with split_into(parts):
+        y = routed_lora(one.x, A, strided(one.B), gates, 0.7, base=one.base, slices=slices, backend="triton")
+    own = one.B.split(slices or (129,))
+    expected = [routed_lora_reference(one.x, one.A * (i + 1), b, one.gates, 0.7) for i, b in enumerate(own)]
+    assert_rounded_alike(y, torch.cat(expected, 1) + one.base)
+
+
+def test_layers_packed_as_one_never_read_the_others():
+    one = layer((2, 40, 48, 3, 4, 1))
+    A, gates = torch.cat([one.A, torch.full_like(one.A, math.nan)]), one.gates.repeat(1, 2)
+    y = routed_lora(one.x, A, one.B, gates, 0.7, slices=(20, 28), backend="triton")
+    assert y[:, :20].isfinite().all()
+    assert y[:, 20:].isnan().all()

@@ -158,9 +158,8 @@ def test_a_route_does_not_depend_on_how_one_generates(router, options):
         ids, mask = ids[1:], mask[1:]
     torch.manual_seed(0)
     settings = {"attention_mask": mask, "max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
+    settings["output_scores"] = "num_beams" in options
     out = model.generate(ids, **{"do_sample": False, **settings, **options})
-    if "num_beams" in options:
-        return  # the logits are those of beams that were left: that it runs is what is shown
     times = out.sequences.shape[0] // ids.shape[0]
     whole = torch.cat([mask.repeat_interleave(times, 0), torch.ones(len(out.sequences), 8, dtype=torch.long)], 1)
     told = (
@@ -171,6 +170,12 @@ def test_a_route_does_not_depend_on_how_one_generates(router, options):
     positions = (whole.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
         logits = model(out.sequences, attention_mask=whole, position_ids=positions, **told).logits[:, 8:-1]
+    if (
+        "num_beams" in options
+    ):  # the logits returned are also of beams that were left: the scores are of those that stayed
+        scores = logits.log_softmax(-1).gather(2, out.sequences[:, 9:, None]).sum((1, 2))
+        torch.testing.assert_close(out.sequences_scores, scores / 8, rtol=1e-4, atol=1e-4)
+        return
     found = torch.stack(out.logits, 1) if "prompt_lookup_num_tokens" not in options else logits
     torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
     if options.get("do_sample"):

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from llmrl.lora_switch.pack import pack
+from llmrl.lora_switch.pack import pack, slice_rows
 from llmrl.lora_switch.routing import balance_loss, choose, dense_gates, pooled, usage
+from llmrl_kernels import routed_lora
 
 
 def test_softmax_weights_are_renormalised():
@@ -95,20 +96,29 @@ def test_pack_computes_the_parts_side_by_side():
     parts = [random_part(4), random_part(2), random_part(3)]
     x, gates = torch.randn(7, 5), torch.rand(7, 3)
     expected = torch.cat([lora(x, a, b, gates) for a, b in parts], 1)
-    a, b = pack(parts)
+    a, b, slices = pack(parts)
     assert a.shape == (9, 2, 5)
-    assert b.shape == (9, 18)
-    torch.testing.assert_close(lora(x, a, b, gates.repeat(1, 3)), expected)
+    assert b.shape == (9, 6)  # no zeros between the parts
+    assert slices == (4, 2, 3)
+    torch.testing.assert_close(routed_lora(x, a, b, gates.repeat(1, 3), 1.0, slices=slices), expected)
 
 
-def test_pack_leaves_rows_of_zeros_for_a_part_without_experts():
+@pytest.mark.parametrize(
+    ("adapted", "slices"),
+    [((0, 1, 0), (9,)), ((1, 0, 1), (6, 3)), ((0, 0, 1), (9,)), ((0, 1, 1), (6, 3)), ((1, 1, 0), (4, 5))],
+)
+def test_pack_leaves_rows_of_zeros_for_a_part_without_experts(adapted, slices):
     torch.manual_seed(0)
-    part = random_part(4)
+    outs = (4, 2, 3)
+    parts = [random_part(out) if here else None for out, here in zip(outs, adapted, strict=True)]
     x, gates = torch.randn(7, 5), torch.rand(7, 3)
-    a, b = pack([None, part], [2, 4])
-    found = lora(x, a, b, gates)
-    assert (found[:, :2] == 0).all()
-    torch.testing.assert_close(found[:, 2:], lora(x, *part, gates))
+    a, b, found = pack(parts, outs)
+    assert found == slices == slice_rows(outs, adapted)
+    y = routed_lora(x, a, b, gates.repeat(1, sum(adapted)), 1.0, slices=found)
+    expected = [
+        torch.zeros(7, out) if part is None else lora(x, *part, gates) for part, out in zip(parts, outs, strict=True)
+    ]
+    torch.testing.assert_close(y, torch.cat(expected, 1))
 
 
 def test_pack_refuses_parts_that_do_not_fit():
@@ -116,3 +126,5 @@ def test_pack_refuses_parts_that_do_not_fit():
         pack([None], [3])
     with pytest.raises(ValueError, match=r"expected parts with A \[3, 2, 5\]"):
         pack([random_part(4), random_part(4, rank=3)])
+    with pytest.raises(ValueError, match=r"expected B \[3, 6\], got \[4, 6\]"):
+        pack([random_part(4), None], [3, 4])

@@ -34,7 +34,8 @@ def test_config_refuses(options, message):
 
 
 def test_config_scale():
-    assert SwitchConfig(r=4).scale == 2.0
+    assert SwitchConfig(r=4).scale == 4.0  # two experts of weight 1/2 each: 2 as LoRA of rank 8 has it
+    assert SwitchConfig(r=4, num_experts=1, top_k=1).scale == SwitchConfig(r=4, gate="hard", top_k=1).scale == 2.0
     assert SwitchConfig(r=4, alpha=4.0).scale == 1.0
 
 

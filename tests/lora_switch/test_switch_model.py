@@ -302,7 +302,11 @@ def test_packing_takes_one_shrink_for_layers_that_share_an_input(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"target_modules": ("q_prj",)}, ConfigError, "no linear layer is called 'q_prj'; did you mean 'q_proj'?"),
+        (
+            {"target_modules": ("q_prj",)},
+            ConfigError,
+            "no linear layer of the decoder layers is called 'q_prj'; did you mean 'q_proj'?",
+        ),
         ({"router_input": "layer_k", "router_layer": 7}, ModelError, "decoder layers 0 to 2, got 7"),
     ],
 )

@@ -109,6 +109,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from switch_models import prompt, switch_model
+from llmrl.errors import ModelError
+from llmrl.lora_switch import set_switch_mode
 dist.init_process_group("gloo")
 mesh = torch.distributed.init_device_mesh("cpu", (dist.get_world_size(),))
 model = switch_model(router_input=sys.argv[1]).train()
@@ -121,6 +123,13 @@ loss.backward()
 grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
 if dist.get_rank() == 0:
     save_file({n: g.contiguous() for n, g in grads.items()}, sys.argv[2])
+model.save_pretrained(sys.argv[3], is_main_process=dist.get_rank() == 0)
+try:
+    set_switch_mode(model.eval(), "merged")
+except ModelError as error:
+    assert "sharded (FSDP), merged copies need whole layers" in str(error), error
+else:
+    raise AssertionError("merged shards")
 dist.destroy_process_group()
 """
 
@@ -139,6 +148,7 @@ def test_fsdp2_on_two_processes_gives_the_gradients_of_one(router, tmp_path):
         str(script),
         router,
         str(out),
+        str(tmp_path / "saved"),
     ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -150,6 +160,9 @@ def test_fsdp2_on_two_processes_gives_the_gradients_of_one(router, tmp_path):
     loss.backward()
     for name, gradient in load_file(out).items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+    opened = load_switch_model(tmp_path / "saved", base=base_model())
+    with torch.no_grad():
+        torch.testing.assert_close(opened(ids).logits, model.eval()(ids).logits)
 
 
 def test_the_router_has_a_rate_and_the_same_decay(tmp_path):
@@ -279,7 +292,10 @@ main({train_command(four_rows, tmp_path / "cut", "--quiet")!r})
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target_modules", "q_prj"], "no linear layer is called 'q_prj'; did you mean 'q_proj'?"),
+        (
+            ["--target_modules", "q_prj"],
+            "no linear layer of the decoder layers is called 'q_prj'; did you mean 'q_proj'?",
+        ),
         (["--top_k", "4"], "top_k: expected at most num_experts = 3, got 4"),
         (["--batch_size", "9"], "--batch_size 9 is more than the 8 rows"),
         (["--max_length", "3"], "--batch_size 4 is more than the 0 rows"),

@@ -58,6 +58,33 @@ def test_disk_weights_take_off_wrappers():
     assert disk_weights(compiled).keys() == disk_weights(model).keys()
 
 
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "experts"])
+def test_disk_weights_refuse_shards_of_any_model(kind, one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    from llmrl.lora_switch import SwitchConfig, get_switch_model
+
+    model = trainer(STORIES)
+    if kind == "lora":
+        model = lora(model)
+    elif kind == "experts":
+        model = get_switch_model(model, SwitchConfig(num_experts=2, r=2, top_k=1, gate="hard"))
+        assert disk_weights(model)
+    fully_shard(model)
+    with pytest.raises(ModelError, match=r"is spread over processes \(FSDP or ZeRO-3\): gather the state dict"):
+        disk_weights(model)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -28,7 +28,7 @@ from serving_folders import (
 )
 from small_ensembles import ANSWERS
 from small_ensembles import PROMPTS as DIALOGUES
-from switch_folders import SWITCH_PAGING, SWITCHED, switch_folder
+from switch_folders import SWITCH_BFLOAT16, SWITCH_PAGING, SWITCHED, switch_folder
 
 from llmrl.vllm_compat import vllm_build, why_no_vllm
 
@@ -110,6 +110,9 @@ def in_process_started(request, tmp_path_factory):
     for name, blocks in SWITCH_PAGING.items():
         task = {"kind": "paging", "folder": str(get("switch_folders")[name]), "blocks": blocks}
         tasks[f"paging-{name}"] = task | {"prompts": paging_prompts(), "new_tokens": NEW_TOKENS}
+    for name in SWITCH_BFLOAT16:
+        folder = str(get("switch_folders")[name])
+        tasks[f"routes-{name}"] = {"kind": "routes", "folder": folder, "experts": 4, "prompts": get("prompts")}
     task = {"kind": "steered", "folder": str(get("parity_folders")["llama-value"][0]), "choices": STEERED}
     tasks["steered"] = task | {"prompts": get("prompts")}
     tasks["classes"] = {"kind": "classes", "architectures": sorted({a for a, _, _ in PARITY.values()})}

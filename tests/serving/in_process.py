@@ -127,6 +127,20 @@ def bfloat16(task):
     return answers
 
 
+def routes(task):
+    """The gates `[T, E]` of each prompt in bfloat16, as the first step leaves them in the buffer that all layers read."""
+    llm = LLM(task["folder"], **SMALL | {"dtype": "bfloat16"})
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    gates = next(method.gates for method in methods if hasattr(method, "gates"))
+    answers = []
+    for ids in task["prompts"]:
+        llm.reset_prefix_cache()
+        outputs_of(llm, [ids], 1)
+        answers.append(gates[: len(ids), : task["experts"]].tolist())
+    return answers
+
+
 def log_scale(logits, found):
     """Return log of what the base's logits were multiplied by, from the two farthest of vLLM's top logprobs."""
     low, *_, high = sorted(found, key=lambda token: found[token].logprob)

@@ -5,6 +5,7 @@ from serving_folders import greedy, random_model, token_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmrl.lora_switch import SwitchConfig, get_switch_model, load_switch_model
+from llmrl.lora_switch.routing import dense_gates
 
 MLP0, LAYER1 = {"router_input": "layer0_mlp"}, {"router_input": "layer_k", "router_layer": 1}
 SWITCHED = {
@@ -18,6 +19,7 @@ SWITCHED = {
     "switch-gemma2": ("Gemma2ForCausalLM", {"alpha": 24.0}),  # its soft caps leave little of a small change
     "switch-gemma2-mlp": ("Gemma2ForCausalLM", MLP0 | {"alpha": 24.0}),
 }
+SWITCH_BFLOAT16 = ("switch-llama", "switch-gemma2", "switch-phi3")  # routers of embeddings
 SWITCH_PAGING = {"switch-llama": 7, "switch-qwen2-mlp": 7}
 
 
@@ -35,6 +37,17 @@ def switch_folder(folder, architecture, options):
     model.save_pretrained(folder / "switch")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "switch")
     return folder / "switch"
+
+
+def expected_gates(folder, prompts):
+    """Return the gates `[T, E]` of each prompt in a bfloat16 model."""
+    model = load_switch_model(folder, attn_implementation="eager", dtype=torch.bfloat16)
+    found = []
+    for ids in prompts:
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+        found.append(dense_gates(model.last_route(), model.switch_config.num_experts)[0])
+    return found
 
 
 def expected_switch(folder, prompts):

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from serving_folders import ENVIRONMENT, NEW_TOKENS, ROOT, assert_agrees, largest_difference, paging_prompts
-from switch_folders import SWITCH_PAGING, SWITCHED, expected_switch
+from switch_folders import SWITCH_BFLOAT16, SWITCH_PAGING, SWITCHED, expected_gates, expected_switch
 from test_vllm_in_process import answer_of, assert_continuations_agree, some
 
 pytestmark = pytest.mark.vllm
@@ -32,6 +33,15 @@ def test_switch_model_agrees_with_transformers(name, in_process, switch_folders,
     # the experts are in the decoded tokens too; where a random Gemma repeats one token they change less
     base_new = [row[-NEW_TOKENS:] for row in wanted["base_logprobs"]]
     assert largest_difference([answer["logprobs"] for answer in found], base_new) > 0.1
+
+
+@pytest.mark.parametrize("name", SWITCH_BFLOAT16)
+def test_routes_by_embedding_are_the_same_in_16_bits(name, in_process, switch_folders, prompts):
+    """Where what is computed differs in every layer, the same experts are asked with the same weights."""
+    gates, expected = answer_of(in_process, f"routes-{name}"), expected_gates(switch_folders[name], prompts)
+    for found, wanted in zip(gates, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(found), wanted, rtol=0, atol=1e-5)
+        assert len(set(map(tuple, (wanted > 0).tolist()))) > 1
 
 
 @pytest.fixture(scope="session")
