@@ -47,6 +47,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "layer_k": {**EXPERTS, "router_input": "layer_k", "router_layer": 1},
     "prompt_pooled": {**EXPERTS, "router_input": "prompt_pooled"},
     "embedding without balance": {**EXPERTS, "balance_coef": 0.0},
+    "embedding at half the scale": {**EXPERTS, "alpha": 8.0},
+    "prompt_pooled at half the scale": {**EXPERTS, "alpha": 8.0, "router_input": "prompt_pooled"},
+    "embedding with a still router": {**EXPERTS, "router_lr": 1e-12},
+    "embedding with all experts active": {**EXPERTS, "top_k": 8, "alpha": 16.0},
     "layer0_mlp hard top-1": {**EXPERTS, "router_input": "layer0_mlp", "gate": "hard", "top_k": 1},
 }
 LONG = ("lora 8", "lora 32", "known task", "embedding", "prompt_pooled")

@@ -14,6 +14,7 @@ import numpy as np
 from llmrl.config import option, parse_config
 from llmrl.errors import EXIT_DONE, run_command
 from llmrl.files import write_text
+from llmrl.lora_switch.config import ROUTER_INPUTS
 from llmrl.tables import aligned_table
 
 matplotlib.use("Agg")
@@ -33,16 +34,21 @@ def losses(runs: list[dict[str, Any]], task: str | None = None) -> np.ndarray:
     return np.array([one["mean"]["nll"] if task is None else one["tasks"][task]["nll"] for one in held])
 
 
-def result_table(found: dict[str, Any]) -> str:
-    """Return nats a token of every way: the mean of all tasks a seed, their mean, and each task."""
-    tasks = list(found["base"]["tasks"])
-    base = [found["base"]["mean"]["nll"], *(found["base"]["tasks"][t]["nll"] for t in tasks)]
-    rows = [["base, untrained", "", f"{base[0]:.3f}", *(f"{x:.3f}" for x in base[1:]), "", ""]]
+def result_table(found: dict[str, Any], base: dict[str, Any]) -> str:
+    """Return nats a token of the base and of every way: the mean of all tasks a seed, their mean, and each task."""
+    tasks = list(base["tasks"])
+    untrained = [base["mean"]["nll"], *(base["tasks"][t]["nll"] for t in tasks)]
+    rows = [["base, untrained", "", *(f"{x:.3f}" for x in untrained), "", ""]]
     for way, runs in found["runs"].items():
         seeds = ", ".join(f"{x:.3f}" for x in losses(runs))
         means = [losses(runs).mean(), *(losses(runs, t).mean() for t in tasks)]
         rows.append(
-            [way, seeds, *(f"{x:.3f}" for x in means), *(_against(found, base, way) for base in found["against"])]
+            [
+                way,
+                seeds,
+                *(f"{x:.3f}" for x in means),
+                *(_against(found, baseline, way) for baseline in found["against"]),
+            ]
         )
     head = ["way", "seeds", "mean", *tasks, *(f"against {base}" for base in found["against"])]
     return aligned_table(head, rows)
@@ -56,23 +62,24 @@ def _against(found: dict[str, Any], base: str, way: str) -> str:
 
 
 def plot_usage(found: dict[str, Any], path: Path) -> None:
-    """Draw the share of each task's choices on each expert, seed 0, a panel a way."""
+    """Draw the share of each task's choices on each expert, seed 0: a panel a router's input, then the longer runs."""
     from matplotlib import pyplot
 
-    ways = [way for way, runs in found["runs"].items() if len(runs[0]["held_out"]["tasks"]["stories"]["experts"]) > 1]
-    figure, panels = pyplot.subplots(
-        2, (len(ways) + 1) // 2, figsize=(3.4 * ((len(ways) + 1) // 2), 4.6), layout="constrained"
-    )
+    kinds = [(found["runs"], way, found["options"]["epochs"]) for way in ROUTER_INPUTS]
+    kinds += [(found["long"]["runs"], way, found["options"]["long_epochs"]) for way in ROUTER_INPUTS]
+    kinds = [kind for kind in kinds if kind[1] in kind[0]]
+    columns = (len(kinds) + 1) // 2
+    figure, panels = pyplot.subplots(2, columns, figsize=(3.4 * columns, 4.6), layout="constrained")
     image = None
-    for axes, way in zip(panels.flat, ways, strict=False):
-        tasks = found["runs"][way][0]["held_out"]["tasks"]
+    for axes, (runs, way, passes) in zip(panels.flat, kinds, strict=False):
+        tasks = runs[way][0]["held_out"]["tasks"]
         shares = np.array([tasks[name]["experts"] for name in tasks])
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=0.5, aspect="auto")
-        axes.set_title(way, fontsize=10)
+        axes.set_title(f"{way}, {passes:g} passes", fontsize=10)
         axes.set_yticks(range(len(tasks)), list(tasks), fontsize=8)
         axes.set_xticks(range(shares.shape[1]))
         axes.set_xlabel("expert", fontsize=8)
-    for axes in panels.flat[len(ways) :]:
+    for axes in panels.flat[len(kinds) :]:
         axes.axis("off")
     figure.colorbar(image, ax=panels, shrink=0.7, label="share of a task's choices")
     figure.savefig(path, dpi=130)
@@ -90,10 +97,13 @@ def main(argv: list[str]) -> int:
         name, options = path.stem.removeprefix("lora-switch-"), found["options"]
         parts += [
             f"## {name}",
-            f"{options['epochs']:g} passes over the rows, {options['batch_size']} a step; learning rates "
+            f"{options['batch_size']} rows a step; learning rates "
             f"{', '.join(f'{lr:g} for ways like {way}' for way, lr in options['rates'].items())}. 95% t intervals over seeds, "
             f"paired by seed. {found['environment']['cpu_count']} CPU cores, `{found['command']}`.",
-            result_table(found),
+            f"### {options['epochs']:g} passes over the rows",
+            result_table(found, found["base"]),
+            f"### {options['long_epochs']:g} passes",
+            result_table(found["long"], found["base"]),
         ]
         plot_usage(found, Path(config.images) / f"lora-switch-{name}.png")
     write_text(Path(config.results) / "lora-switch.md", "\n\n".join(parts) + "\n")

@@ -71,7 +71,7 @@ def test_an_update_may_come_in_whole_layers_but_not_in_less():
 
     layer = SimpleNamespace(tp_rank=0, tp_size=1, output_sizes=[4, 2], output_size=6, input_size=5)
     described = SimpleNamespace(switch=SwitchConfig(num_experts=2, r=3))
-    experts = SwitchExperts(layer, ["l.gate_proj", "l.up_proj"], 2, described, torch.float32)
+    experts = SwitchExperts(layer, ["l.gate_proj", "l.up_proj"], [True, True], described, torch.float32)
     own = torch.nn.ModuleDict({"l": experts, "router": torch.nn.Linear(5, 2, bias=False)})
     torch.manual_seed(0)
     sizes = {"l.gate_proj": 4, "l.up_proj": 2}
