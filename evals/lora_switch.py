@@ -216,6 +216,7 @@ def main(argv: list[str]) -> int:
     """Tune, compare, write."""
     options = parse_config(Options, argv, prog="evals/lora_switch.py", description="Routed experts against LoRA.")
     quiet_libraries(True)
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
     rates = tune(options)
     if options.part == "tune":
         return EXIT_DONE
