@@ -216,10 +216,8 @@ def fused_model(base: Any, experts: Experts, *, fused: bool, backend: str) -> An
 class InPlace:
     """Runs a switch model on weights that each new route is put into and taken out of again, one launch a switch.
 
-    Unlike the run mode "in_place" it reads no route on the host, so a CUDA graph can hold it.
+    The run mode "in_place" with a plan for top_k experts: that of a model leaves room for a fixed route of all.
     """
-
-    fixed = None
 
     def __init__(self, model: Any) -> None:
         for layer in model.switch_layers().values():
@@ -227,6 +225,9 @@ class InPlace:
         self.items = merge_items(model, {name: layer.merged_weight for name, layer in model.switch_layers().items()})
         config, items = model.switch_config, [MergeItem(i.out, i.out, i.A, i.B) for i in self.items]
         self.plan = InPlacePlan(items, top_k=config.top_k, scale=config.scale)
+
+    def forget(self) -> None:
+        """Nothing to do: one plan alone writes the weights."""
 
     def decided(self, now: ForwardRoute) -> None:
         """Switch before the layers run, where the pass has one route."""

@@ -10,6 +10,7 @@ import torch
 from llmrl.errors import LlmrlError
 from llmrl.fingerprints import fingerprint_weights, weight_files
 from llmrl.heads import BaseReference
+from llmrl.lora_switch.config import layer_number
 from llmrl.modeling import local_folder
 
 
@@ -29,7 +30,7 @@ def base_of(model: Any) -> BaseReference:
 
 
 def holds(folder: Path | str, model: Any) -> bool:
-    """Tell whether the weights in memory are those of a checkpoint, by their shapes and two rows of each.
+    """Tell whether the weights in memory are those of a checkpoint: by all shapes, embeddings whole, two rows of each layer.
 
     What is on the meta device or sharded cannot be read and is taken for the checkpoint's.
     """
@@ -38,17 +39,25 @@ def holds(folder: Path | str, model: Any) -> bool:
     modules = [(name, module) for name, module in model.named_modules() if not name.startswith("switch_router")]
     own = {f"{n}.weight": m.weight for n, m in modules if isinstance(getattr(m, "weight", None), torch.Tensor)}
     hidden = {name for name, weight in own.items() if weight.is_meta or hasattr(weight, "full_tensor")}
-    compared = 0
+    compared, prefix = 0, f"{getattr(model, 'base_model_prefix', '')}."
     for file in weight_files(folder):
         with safe_open(str(file), framework="pt") as tensors:
-            for name in own.keys() & set(tensors.keys()):
-                mine, part = own[name].detach(), tensors.get_slice(name)
+            stored = set(tensors.keys())
+            for name in own:
+                there = name if name in stored else name.removeprefix(prefix)  # of a checkpoint without the head
+                if there not in stored:
+                    continue
+                mine, part = own[name].detach(), tensors.get_slice(there)
                 if list(mine.shape) != list(part.get_shape()):
                     return False
                 compared += 1
                 if name in hidden:
                     continue
-                for row in {0, len(mine) // 2}:
-                    if not torch.equal(part[row : row + 1].to(mine.dtype), mine[row : row + 1].cpu()):
-                        return False
+                rows = (
+                    [slice(row, row + 1) for row in {0, len(mine) // 2}]
+                    if layer_number(name) is not None
+                    else [slice(None)]
+                )
+                if any(not torch.equal(part[some].to(mine.dtype), mine[some].cpu()) for some in rows):
+                    return False
     return compared > 0

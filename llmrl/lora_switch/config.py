@@ -78,6 +78,8 @@ class SwitchConfig:
         for name in ("alpha", "balance_coef", "router_noise"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: expected 0 or more, got {getattr(self, name)!r}")
+        if not self.alpha:  # written down, so that a folder does not depend on what the default is
+            object.__setattr__(self, "alpha", 2.0 * self.r * self.top_k)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout: expected 0 up to below 1, got {self.dropout!r}")
         if not self.target_modules:
@@ -86,7 +88,7 @@ class SwitchConfig:
     @property
     def scale(self) -> float:
         """The factor of the experts' sum."""
-        return (self.alpha or 2.0 * self.r * self.top_k) / self.r
+        return self.alpha / self.r
 
     def targets(self, name: str) -> bool:
         """Tell whether the linear layer with this dotted name is asked for."""

@@ -36,7 +36,8 @@ class DecodeLoop:
         runner = type(getattr(model, "_switch_runner", None)).__name__
         if self.graphed and runner == "_Resident":
             raise ModelError("the mode resident reads its route on the host: pass graph=False")
-        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self._made = lambda: StaticCache(config=model.config, max_cache_len=max_length)
+        self.cache, self._dtype = self._made(), model.dtype
         if self.graphed and any(hasattr(layer, "cumulative_length_int") for layer in self.cache.layers):
             raise ModelError("a cache with a sliding window counts tokens on the host: pass graph=False")
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
@@ -60,6 +61,9 @@ class DecodeLoop:
                 f"{length} + {max_new_tokens}"
             )
         self._drop_stale_graph()
+        runner = getattr(self.model, "_switch_runner", None)
+        if runner is not None:
+            runner.forget()
         generator = torch.Generator(device=input_ids.device).manual_seed(seed)
         self.cache.reset()
         if hasattr(self.cache, "switch_route"):
@@ -75,6 +79,8 @@ class DecodeLoop:
                 self.token.copy_(new[-1])
                 self.position.fill_(length + step)
                 logits = self._step()
+        if runner is not None:
+            runner.forget()
         return torch.cat(new, 1)
 
     def _drop_stale_graph(self) -> None:
@@ -84,6 +90,8 @@ class DecodeLoop:
         held += [module.shared for module in self.model.modules() if isinstance(module, SwitchLinear)]
         state = getattr(self.model, "_switch_off", None), stamp_of(self.model.parameters())
         same = state == self._state and list(map(id, held)) == list(map(id, self._held))
+        if self.model.dtype != self._dtype:
+            self.cache, self._dtype = self._made(), self.model.dtype
         if not same or (config is not None and config.router_input == "prompt_pooled"):
             # merged and packed copies are made anew by the warm-up that comes before a capture
             self._graph, self._held, self._state = None, held, state

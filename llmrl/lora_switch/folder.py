@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrl.errors import HeadMismatchError, ModelError, UsageError
+from llmrl.errors import HeadMismatchError, LlmrlError, ModelError, UsageError
 from llmrl.files import write_json
 from llmrl.fingerprints import fingerprint_weights
 from llmrl.heads import BaseReference
@@ -30,7 +30,7 @@ from llmrl.modeling import local_folder, read_tensors
 MODEL_TYPE = CONFIG_KEY = "llmrl_switch"
 ARCHITECTURE_PREFIX = "LlmrlSwitch"
 WEIGHTS_FILE = "model.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
@@ -114,11 +114,18 @@ def save_switch_folder(model: Any, folder: Path, state: Mapping[str, Tensor] | N
 def _named_base(model: Any) -> BaseReference:
     """Return which base the experts belong to; none where it was changed in memory since, which is said."""
     reference: BaseReference = model.switch_base
-    there = bool(reference.model) and Path(reference.model).is_dir()
-    if there and not holds(reference.model, model):
+    try:
+        there = (
+            local_folder(reference.model, revision=reference.revision, local_files_only=True)
+            if reference.model
+            else None
+        )
+    except (LlmrlError, OSError):  # moved away, or out of the cache
+        there = None
+    if there is not None and not holds(there, model):
         _log.warning(
-            "the base is not what lies in %s any more (trained, resized or edited): the folder does not name it; save the "
-            "base too, and pass it as base= when the experts are opened",
+            "the base is not what lies in %s any more (trained, resized, edited, or cast down and up again): the folder does "
+            "not name it; save the base too, and pass it as base= when the experts are opened",
             reference.model,
         )
         return BaseReference("", "", "", "")

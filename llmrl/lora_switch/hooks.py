@@ -166,6 +166,12 @@ def _begin(model: Any, given: dict[str, Any], prompt_mask: Tensor | None) -> For
     return now
 
 
+def route_of(cache: Any) -> Route | None:
+    """Return the pooled route that the keys in a cache were made by; None for a cache without keys, or one that was reset."""
+    route: Route | None = getattr(cache, ROUTE_ARGUMENT, None)
+    return route if route is not None and int(cache.get_seq_length()) > 0 else None
+
+
 @torch.no_grad()
 def pooled_route(model: Any, ids: Tensor, attention: Tensor | None) -> Route:
     """Return the routes `[B, 1]` of prompts `[B, T]`."""
@@ -190,7 +196,7 @@ def _decide(model: Any, now: ForwardRoute | None, states: Tensor) -> None:
     if model._switch_fixed is not None and not model.training:
         now.gates = model._switch_fixed.to(states.device)
     elif config.router_input == "prompt_pooled":
-        now.route = model._switch_pooled or getattr(now.cache, ROUTE_ARGUMENT, None)
+        now.route = model._switch_pooled or route_of(now.cache)
         if now.route is None:
             mask = now.prompt_mask
             mask = torch.ones(states.shape[:2], device=states.device) if mask is None else mask

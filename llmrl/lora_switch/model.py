@@ -17,7 +17,7 @@ from llmrl.errors import ConfigError, ModelError, did_you_mean
 from llmrl.heads import BaseReference
 from llmrl.lora_switch.base_identity import base_of
 from llmrl.lora_switch.config import ALL_LINEAR, SwitchConfig, is_routed, layer_number
-from llmrl.lora_switch.hooks import ROUTE_ARGUMENT, decoder_layers, pooled_route, watch
+from llmrl.lora_switch.hooks import decoder_layers, pooled_route, route_of, watch
 from llmrl.lora_switch.layer import ForwardRoute, RouteSlot, SharedInput, SwitchLinear
 from llmrl.lora_switch.pack import PACKED
 from llmrl.lora_switch.router import Router, router_site
@@ -126,7 +126,7 @@ class SwitchMixin:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if ids is None:
             raise ModelError("router_input 'prompt_pooled' reads the prompt's tokens: give generate() input_ids")
-        if getattr(kwargs.get("past_key_values"), ROUTE_ARGUMENT, None) is not None:
+        if route_of(kwargs.get("past_key_values")) is not None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]  # goes on with the route its keys were made by
         mask = kwargs.get("attention_mask")
         self._switch_pooled = pooled_route(self, ids, self._mask_of(ids, kwargs) if mask is None else mask)
@@ -137,8 +137,14 @@ class SwitchMixin:
 
     def _mask_of(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Return where tokens are, as `generate` guesses it: padding is what is not a token that ends a text."""
-        config: Any = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]
-        pad, end = (kwargs.get(key, getattr(config, key)) for key in ("pad_token_id", "eos_token_id"))
+        own: Any = self.generation_config  # type: ignore[attr-defined]
+        given = kwargs.get("generation_config") or own
+
+        def chosen(key: str) -> Any:
+            found = (kwargs.get(key), getattr(given, key), getattr(own, key))  # generate fills each gap from the next
+            return next((value for value in found if value is not None), None)
+
+        pad, end = chosen("pad_token_id"), chosen("eos_token_id")
         ends = end if isinstance(end, (list, tuple)) else [end]
         return None if pad is None or pad in ends else ids.ne(pad).long()
 
@@ -146,18 +152,23 @@ class SwitchMixin:
         """Copy the model, with its fixed route; hooks are the copy's own, and it runs fused."""
         for handle in self._switch_handles:
             handle.remove()
-        runner = self._switch_runner
+        runner, layers = self._switch_runner, self.switch_layers().values()
+        copies = [(layer, layer.shared, layer.merged_weight, layer.resident_weights) for layer in layers]
+        for layer in layers:
+            layer.shared = layer.merged_weight = layer.resident_weights = None
         self._switch_handles, self._switch_now, self._switch_next, self._switch_runner = [], None, None, None
         for slot in self._switch_slots:
             slot.now = None
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        for layer in made.switch_layers().values():
-            layer.shared = layer.merged_weight = layer.resident_weights = None
-        watch(self)
+        try:
+            made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        finally:  # memory may not be enough for a copy
+            watch(self)
+            self._switch_runner = runner
+            for layer, shared, merged, resident in copies:
+                layer.shared, layer.merged_weight, layer.resident_weights = shared, merged, resident
         watch(made)
-        self._switch_runner = runner
         return made
 
     def _replicate_for_data_parallel(self) -> Any:

@@ -134,6 +134,9 @@ class _Fused:
     def use(self, now: ForwardRoute, ids: Tensor, weights: Tensor) -> None:
         """Compute the pass with this one route."""
 
+    def forget(self) -> None:
+        """Take nothing for merged: a CUDA graph was replayed or will be, which tells the host nothing."""
+
     def single(self, now: ForwardRoute) -> tuple[Tensor, Tensor] | None:
         """Return ids `[k]` and weights `[k]` where the pass has one route."""
         if now.route is None and now.gates is not None:  # fixed
@@ -164,6 +167,11 @@ class _Merged(_Fused):
             self._last = count
         self._plans[count].merge(ids, weights, check=False)
         now.merged = True
+
+    def forget(self) -> None:
+        """Merge anew at the next pass, whichever plan it is of."""
+        for plan in self._plans.values():
+            plan.invalidate()
 
 
 class _Resident(_Fused):

@@ -35,10 +35,11 @@ class Router(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move with the model, but do not follow it to 16 bits."""
-        kept = self.weight.data
+        kept, grad = self.weight.data, None if self.weight.grad is None else self.weight.grad.data
         super()._apply(fn, recurse)
         if self.weight.dtype in (torch.bfloat16, torch.float16):
             self.weight.data = kept.to(self.weight.device)
+            self.weight.grad = None if grad is None else grad.to(self.weight.device)
         return self
 
     def forward(self, states: Tensor) -> Route:

@@ -369,7 +369,9 @@ def prompt_logprobs(model: Any, rows: Sequence[Sequence[int]]) -> list[list[floa
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    routes_by_prompt = getattr(getattr(model, "switch_config", None), "router_input", "") == "prompt_pooled"
+    told = {"switch_prompt_mask": mask} if routes_by_prompt else {}  # a scored row is all prompt
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **told).logits
     picked = [
         row_logits[: len(row) - 1].float().log_softmax(-1).gather(-1, row_ids[1 : len(row), None])[:, 0].tolist()
         for row, row_ids, row_logits in zip(rows, ids, logits, strict=True)

@@ -166,7 +166,7 @@ def test_other_folders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "switch format 2 is not 1"),
+        ({"format": 1}, "switch format 1 is not 2"),
         ({"base": {}}, "the switch configuration is damaged"),
         ({"switch": {"topk": 1}}, "unknown key 'topk'"),
     ],

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from switch_models import base_model, prompt, stir, switch_model
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 from llmrl.errors import ConfigError, ModelError
 from llmrl.lora_switch import (
@@ -220,7 +220,11 @@ def edited(model):
     model.lm_head.weight.data.mul_(1.5)
 
 
-@pytest.mark.parametrize("change", [resized, edited])
+def some_tokens(model):
+    model.model.embed_tokens.weight.data[5:20].mul_(2)
+
+
+@pytest.mark.parametrize("change", [resized, edited, some_tokens])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_base_that_is_another_by_now_is_not_named(change, when, tmp_path, caplog):
     base_model().save_pretrained(tmp_path / "base")
@@ -242,6 +246,14 @@ def test_a_base_that_is_another_by_now_is_not_named(change, when, tmp_path, capl
     torch.testing.assert_close(opened(prompt()).logits[..., :128], model(prompt()).logits[..., :128])
 
 
+def test_a_checkpoint_without_the_head_is_the_base_all_the_same(tmp_path):
+    made = base_model()
+    made.model.save_pretrained(tmp_path / "base")  # its names lack "model."
+    made.lm_head.weight.data.zero_()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert get_switch_model(base, SwitchConfig(num_experts=2, r=2)).switch_base.model == str(tmp_path / "base")
+
+
 def test_a_base_that_is_not_in_memory_yet(tmp_path):
     """As processes but the first have it when a sharded model is loaded."""
     base_model().save_pretrained(tmp_path / "base")
@@ -250,49 +262,54 @@ def test_a_base_that_is_not_in_memory_yet(tmp_path):
     assert model.switch_base.model == str(tmp_path / "base")
 
 
-def padded_without_a_mask():
-    ids = prompt()
-    ids[0, :4] = 0
-    return ids, ids.ne(0).long()
+def test_a_default_does_not_change_what_was_saved():
+    assert SwitchConfig(r=4).to_json()["alpha"] == 16.0
+    assert SwitchConfig.from_json(SwitchConfig(r=4, alpha=3.0).to_json()).alpha == 3.0
 
 
 @torch.no_grad()
-def test_pooled_guesses_a_mask_as_generate_does():
-    model, (ids, mask) = switch_model(**POOLED), padded_without_a_mask()
-    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    told, guessed = (model.generate(ids, **options, **more) for more in ({"attention_mask": mask}, {}))
-    torch.testing.assert_close(torch.stack(guessed.logits), torch.stack(told.logits))
+def test_a_loop_takes_nothing_for_merged_and_leaves_nothing_so():
+    """A replay writes the copies by one plan, a pass outside by another, and neither can know of the other."""
+    model, ids = switch_model(), prompt(1, 1)
+    set_switch_mode(model, "merged")
+    expected = model(ids).logits
+    layer = next(iter(model.switch_layers().values()))
+    loop = without_graphs(model)
+    new = loop.generate(ids, 3)
+    layer.merged_weight.data.zero_()  # as if by a replay of another plan
+    torch.testing.assert_close(model(ids).logits, expected)
+    layer.merged_weight.data.zero_()  # as if by a pass outside
+    assert torch.equal(loop.generate(ids, 3), new)
+    torch.testing.assert_close(model(ids).logits, expected)
 
 
 @torch.no_grad()
-def test_pooled_goes_on_with_the_route_of_its_cache():
-    """Keys of one route and queries of another would be a model that was never trained."""
-    model, ids = switch_model(**POOLED), prompt(1)
-    cache = DynamicCache(config=model.config)
-    options = {"max_new_tokens": 4, "do_sample": False, "past_key_values": cache}
-    first = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    more = torch.cat([first, prompt(1, 5, seed=9)], 1)
-    more_options = {**options, "output_logits": True, "return_dict_in_generate": True}
-    found = model.generate(more, attention_mask=torch.ones_like(more), **more_options)
-    told = torch.zeros_like(more)
-    told[:, :9] = 1
-    expected = model(more, switch_prompt_mask=told).logits[:, -1]
-    torch.testing.assert_close(found.logits[0], expected, rtol=1e-4, atol=1e-4)
+def test_the_loop_follows_a_cast():
+    model, ids = switch_model(), prompt(1)
+    loop = DecodeLoop(model, 24)
+    loop.generate(ids, 4)
+    model.bfloat16()
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)[:, 9:]
+    assert torch.equal(loop.generate(ids, 4), expected)
 
 
-def test_pooled_does_not_take_an_answer_for_a_prompt():
-    model, ids = switch_model(**POOLED), prompt()
-    with pytest.raises(ModelError, match="cannot tell the prompt from the answer"):
-        model(ids, use_cache=False)  # as programs score what was sampled
-    model(ids, use_cache=False, switch_prompt_mask=torch.ones_like(ids))
-    fix_route(model, [1.0, 0, 0, 0])
-    model(ids, use_cache=False)
+def test_the_routers_gradient_is_not_cast_either():
+    model, ids = switch_model().train(), prompt()
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = model.switch_router.weight.grad.clone()
+    model.bfloat16()
+    assert torch.equal(model.switch_router.weight.grad, before)
 
 
-def test_pooled_samples_during_training():
-    model, ids = switch_model(**POOLED), prompt()
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(model.train().generate(ids, **options), model.eval().generate(ids, **options))
+def test_a_copy_that_fails_leaves_the_original_whole(monkeypatch):
+    model, ids = switch_model(), prompt(1, 1)
+    set_switch_mode(model, "merged")
+    expected = model(ids).logits
+    monkeypatch.setattr(copy, "deepcopy", lambda *args: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        model.__deepcopy__({})
+    assert torch.equal(model(ids).logits, expected)
+    assert model._switch_now.route is not None
 
 
 @torch.no_grad()
