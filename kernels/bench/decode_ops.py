@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,14 +21,15 @@ Route = tuple[Tensor, Tensor]
 """ids `[k]` int32 and weights `[k]` float32."""
 
 
-class OpRun:
+class OpRun(ABC):
     """An op that takes steps."""
 
     space: Space
     steps: int
 
+    @abstractmethod
     def _step(self) -> Any:
-        raise NotImplementedError
+        """Run the op once over all layers."""
 
     def round(self, turn: int) -> float:
         """Return the seconds a step."""
@@ -43,9 +45,9 @@ class OpRun:
         self._step()  # a merge's next one is a change
         return count_launches(self._step, self.space.device.type)
 
+    @abstractmethod
     def held(self) -> list[Tensor]:
         """Return the tensors that it works on."""
-        raise NotImplementedError
 
     def memory(self) -> int:
         """Return the bytes of what it works on, with what a step needs beside them."""

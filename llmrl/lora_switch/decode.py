@@ -61,9 +61,14 @@ class DecodeLoop:
                 f"{length} + {max_new_tokens}"
             )
         self._drop_stale_graph()
-        runner = getattr(self.model, "_switch_runner", None)
-        if runner is not None:
-            runner.forget()
+        self._forget_merged()
+        try:
+            return self._decode(input_ids, max_new_tokens, temperature, seed)
+        finally:
+            self._forget_merged()
+
+    def _decode(self, input_ids: Tensor, max_new_tokens: int, temperature: float, seed: int) -> Tensor:
+        length = input_ids.shape[1]
         generator = torch.Generator(device=input_ids.device).manual_seed(seed)
         self.cache.reset()
         if hasattr(self.cache, "switch_route"):
@@ -79,9 +84,12 @@ class DecodeLoop:
                 self.token.copy_(new[-1])
                 self.position.fill_(length + step)
                 logits = self._step()
+        return torch.cat(new, 1)
+
+    def _forget_merged(self) -> None:
+        runner = getattr(self.model, "_switch_runner", None)
         if runner is not None:
             runner.forget()
-        return torch.cat(new, 1)
 
     def _drop_stale_graph(self) -> None:
         """Forget a graph that holds another run mode, fixed route or switch than now, or weights that changed since."""

@@ -39,7 +39,8 @@ def set_switch_mode(model: Any, mode: str) -> None:
         raise ConfigError(f"mode: {mode!r} is not one of {', '.join(MODES)}{did_you_mean(mode, MODES)}")
     if model.training:
         raise ModelError("the model is in training, where experts change: call model.eval() first")
-    _check_whole(model)
+    if mode != "fused":
+        _check_whole(model)
     release(model)
     model._switch_runner = _RUNNERS[mode](model)
 

@@ -148,6 +148,7 @@ def test_one_launch_takes_one_dtype():
         ModelError, match=r"several dtypes \(torch.bfloat16, torch.float32\): stay with the mode 'fused'"
     ):
         set_switch_mode(model, "merged")
+    set_switch_mode(model, "fused")
 
 
 def without_graphs(model):
